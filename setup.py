@@ -1,0 +1,61 @@
+"""Builds the package `gatewright` from this folder, which is the package itself.
+
+The packages are listed from the folders below, never discovered from the root: tests, virtual environments and build
+leftovers lie beside them. `kernels` has no `__init__.py` and is listed all the same (README, "Architecture").
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+PARTS = ("kernels", "routers", "moe", "tools", "recipes")
+
+
+def find_packages() -> list[str]:
+    """The root and every folder with Python files below the five parts, as dotted names."""
+    folders = {file.parent for part in PARTS for file in (ROOT / part).rglob("*.py")}
+    return ["gatewright", *sorted(".".join(("gatewright", *folder.relative_to(ROOT).parts)) for folder in folders)]
+
+
+def read_version() -> str:
+    # Read, not imported: at build time the package is not there under its name yet.
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+
+EXTRAS = {
+    # The adapter in moe/hosts/deepspeed.py relies on what these versions do; ninja builds DeepSpeed's CPU collective.
+    "deepspeed": ["deepspeed>=0.19.6,<0.20", "ninja"],
+    "hf": ["transformers>=5.0,<6"],
+    "tensorboard": ["tensorboard"],
+    "triton": ["triton; platform_system == 'Linux'"],
+    "megatron": ["megatron-core>=0.16,<0.17"],
+    "recipes": [
+        "deepspeed>=0.19.6,<0.20",
+        "ninja",
+        "mlxtend",
+        "scikit-learn",
+        "pillow",
+        "tensorboard",
+        "tqdm",
+    ],
+    "dev": ["build", "hypothesis", "pytest", "ruff", "setuptools", "wheel"],
+}
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+
+setup(
+    name="gatewright",
+    version=read_version(),
+    description="Train Mixture-of-Experts models whose routing is the thing under study",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    # pip keeps a torch that is already there and in this range; nothing in EXTRAS may pin torch (torchvision does).
+    install_requires=["torch>=2.11,<2.14", "numpy", "safetensors"],
+    extras_require=EXTRAS,
+    packages=find_packages(),
+    package_dir={"gatewright": "."},
+    package_data={"": ["*.json", "*.html", "*.css", "*.js", "*.safetensors"]},
+    entry_points={"console_scripts": ["gatewright = gatewright.tools.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""What works on trained checkpoints and recorded runs, and the console command."""
