@@ -1,0 +1,1 @@
+"""Engines that train the layer, one a file, each imported only when it is used."""

@@ -1,0 +1,26 @@
+"""Routing strategies, one a file. ``base.py`` holds the contract, ``losses.py`` the auxiliary losses.
+
+A file put here is found by itself; another package registers its routers through the entry-point group ``gatewright.routers``.
+"""
+
+from .base import (
+    Router,
+    Routing,
+    TokenContext,
+    create_router,
+    list_routers,
+    register_preset,
+    register_router,
+    router_class,
+)
+
+__all__ = [
+    "Router",
+    "Routing",
+    "TokenContext",
+    "create_router",
+    "list_routers",
+    "register_preset",
+    "register_router",
+    "router_class",
+]
