@@ -45,6 +45,7 @@ EXTRAS = {
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 setup(
+    script_name="setup.py",  # its own name, so that it is not taken for a module of the package
     name="gatewright",
     version=read_version(),
     description="Train Mixture-of-Experts models whose routing is the thing under study",
