@@ -29,9 +29,9 @@ class, so that adding a class moves nothing; a class of one image is only traine
 (``sampler.py``), and two ranks together see what one process sees, mirrored and sampled alike (``draw.py``).
 """
 
-from .sampler import Batch, batches, sample_ids
 from .draw import Draw
 from .load import load_data
+from .sampler import Batch, batches, sample_ids
 from .split import Data, Split
 
 __all__ = ["Batch", "Data", "Draw", "Split", "batches", "load_data", "sample_ids"]

@@ -67,7 +67,7 @@ def load_data(
             path, name=name, image_size=image_size, flip=flip, validation_fraction=validation_fraction
         )
     if kind == "latents":
-        from .latents import load_latents
+        from .latent_folder import load_latents
 
         return load_latents(path, name=name, image_size=image_size, flip=flip, validation_fraction=validation_fraction)
     if kind == "fashion-mnist":

@@ -1,5 +1,6 @@
 """What a data set is to a recipe: labelled images in two splits, and the way back from numbers to a picture."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,3 +120,34 @@ def hold_out(labels: Tensor, count: int) -> Tensor:
         rank = torch.arange(size)
         held[(labels == label).nonzero().flatten()] = (rank + 1) * quota // max(size, 1) > rank * quota // max(size, 1)
     return held
+
+
+def labels_of(paths: Sequence[str], class_names: Sequence[str]) -> Tensor:
+    """The class of each image of a folder: the first part of its path. -> [N] int64"""
+    number = {name: label for label, name in enumerate(class_names)}
+    return torch.tensor([number[path.partition("/")[0]] for path in paths], dtype=torch.int64)
+
+
+def hold_out_paths(paths: Sequence[str], fraction: float, *, name: str) -> Tensor:
+    """Holds out ``fraction`` of each class of a folder: the images whose paths have the smallest hashes. -> [N] bool
+
+    The number is rounded, but at least one image of each class is held out and at least one trained on; of a class
+    with a single image none is held out. A class's choice depends on its own paths only.
+
+    Raises:
+        ValueError: no class has two images.
+    """
+    members: dict[str, list[int]] = {}
+    for index, path in enumerate(paths):
+        members.setdefault(path.partition("/")[0], []).append(index)
+    held = torch.zeros(len(paths), dtype=torch.bool)
+    for indices in members.values():
+        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+        held[sorted(indices, key=lambda index: _path_hash(paths[index]))[:count]] = True
+    if not held.any():
+        raise ValueError(f"{name}: each class has one image, so none can be held out; add a second one to some class")
+    return held
+
+
+def _path_hash(path: str) -> bytes:
+    return hashlib.blake2b(path.encode(errors="surrogateescape")).digest()  # a file's name need not be valid UTF-8
