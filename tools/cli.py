@@ -40,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = command_parser.parse_args(chosen.arguments)
     try:
         return module.run(args)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return _fail(str(error))
+    except OSError as error:
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
 
 
 def _parser() -> argparse.ArgumentParser:
