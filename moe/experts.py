@@ -13,14 +13,13 @@ Without biases w3 is a [E, 1, 1] that nothing reads.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.activation import ACTIVATIONS, activate, is_gated
+from ..kernels.activation import GATED, activate, check_activation
 from ..kernels.expert_mlp import expert_mlp
 
 
@@ -45,14 +44,11 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         if self.dim < 1 or self.hidden < 1:
             raise ValueError(f"dim={self.dim}, hidden={self.hidden}: both must be at least 1")
-        if self.activation not in ACTIVATIONS:
-            close = difflib.get_close_matches(str(self.activation), ACTIVATIONS, n=2)
-            hint = f": did you mean {' or '.join(close)}?" if close else ":"
-            raise ValueError(f'unknown activation "{self.activation}"{hint} Known: {", ".join(ACTIVATIONS)}')
+        check_activation(self.activation)
 
     @property
     def gated(self) -> bool:
-        return is_gated(self.activation)
+        return self.activation in GATED
 
     @property
     def rows_in(self) -> int:
