@@ -53,9 +53,11 @@ class DispatchPlan:
             source, expert, weight: [N], one an assignment; an expert of -1 is no assignment.
             num_experts: E, of the whole bank.
         """
-        order, counts_E = sort_by_expert(expert, num_experts)
+        # assignments to nobody sort to the end, as an expert more
+        order, counts_E, _ = sort_by_expert(torch.where(expert < 0, num_experts, expert), num_experts + 1)
+        counts_E = counts_E[:num_experts]
         if not expert.is_cuda and not torch.compiler.is_compiling():
-            # rows without an assignment sort to the end; on a GPU they stay there unread, since cutting them off would wait for the device
+            # on a GPU they stay there unread, since cutting them off would wait for the device
             order = order[: int(counts_E.sum())]
         return cls(
             num_rows=num_rows,
@@ -98,7 +100,7 @@ class DispatchPlan:
         # rows arrive by rank, then by expert; the bank gathers them by expert and sums each at its place of arrival
         local = receive_RE.shape[1]
         arrived = torch.arange(local, device=source.device).repeat(ranks).repeat_interleave(receive_RE.flatten(), output_size=sum(receive))
-        order, counts_E = sort_by_expert(arrived, local)
+        order, counts_E, _ = sort_by_expert(arrived, local)
         out_MD = bank(rows_MD, counts_E, token=order, weight=weight_M[order], combine=True)
 
         back = there.reversed()

@@ -1,0 +1,99 @@
+"""DiffMoE: experts choose among the tokens of the whole batch; a predictor learns how many each should take at inference.
+
+    scores = softmax over the experts of W x;  prediction = MLP(x without gradient) [T, E]
+    training    expert e takes the k = int(T / E * top_k) highest scores of the pool (this micro-batch); weight = score
+                loss capacity = predictor_weight * BCE(prediction, taken)
+                after the step  tau_e <- decay * tau_e + (1 - decay) * (the k-th largest sigmoid(prediction) of column e)
+    inference   "pool":   expert e takes its n_e highest scores, n_e = #{t : sigmoid(prediction_te) > tau_e}   (the released rule:
+                          a sample's result depends on the rest of the batch)
+                "token":  expert e takes every t with sigmoid(prediction_te) > tau_e                            (batch-independent)
+
+Source: DiffMoE, arXiv:2503.14487, and the released code, whose softmax is not in the paper's eq. 5. "token" is ours.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Router, Routing, TokenContext, register_router, router_dtype
+from .selection import experts_take, tokens_per_expert
+
+
+@register_router("diffmoe")
+class DiffMoERouter(Router):
+    evidence = "code"
+    reductions = {"quantile": "mean"}
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        top_k: float = 1.0,
+        predictor_weight: float = 1.0,
+        threshold_decay: float = 0.95,
+        inference: Literal["pool", "token"] = "pool",
+        init_std: float = 0.006,
+    ) -> None:
+        """
+        Args:
+            dim: token width, D.
+            num_experts: routed experts, E.
+            top_k: experts a token on average in training (the capacity).
+            predictor_weight: of the loss ``capacity`` (1 in the released configuration).
+            threshold_decay: of the running thresholds.
+            inference: the rule outside training.
+            init_std: deviation of the initial weight.
+
+        Raises:
+            ValueError: an option outside its range.
+        """
+        super().__init__(num_experts=num_experts)
+        if not 0 < top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+        if not 0 <= threshold_decay < 1:
+            raise ValueError(f"threshold_decay={threshold_decay}: choose 0 to less than 1")
+        if inference not in ("pool", "token"):
+            raise ValueError(f'inference="{inference}": choose "pool" or "token"')
+        self.top_k, self.predictor_weight, self.threshold_decay, self.inference = top_k, predictor_weight, threshold_decay, inference
+        self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))
+        self.predictor = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, num_experts))
+        self.register_buffer("threshold", torch.zeros(num_experts))
+
+    @property
+    def batch_independent(self) -> bool:
+        return not self.training and self.inference == "token"
+
+    @property
+    def causal(self) -> bool:
+        return self.batch_independent
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+        dtype = router_dtype(x_TD)
+        x_TD = x_TD.to(dtype)
+        real_T = torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device) if context.real_T is None else context.real_T
+        logits_TE = F.linear(x_TD, self.weight.to(dtype))
+        scores_TE = logits_TE.softmax(-1)
+        hidden, out = self.predictor[0], self.predictor[2]
+        prediction_TE = F.silu(F.linear(x_TD.detach(), hidden.weight.to(dtype), hidden.bias.to(dtype)))
+        prediction_TE = F.linear(prediction_TE, out.weight.to(dtype), out.bias.to(dtype))
+        chance_TE = prediction_TE.detach().sigmoid()
+
+        losses, stats = {}, {}
+        if self.training:
+            k_1 = tokens_per_expert(real_T.sum().view(1), self.num_experts, self.top_k)
+            taken_TE = experts_take(scores_TE[None], k_1[:, None].expand(1, self.num_experts), real_T[None])[0]
+            error_TE = F.binary_cross_entropy_with_logits(prediction_TE, taken_TE.to(dtype), reduction="none")
+            error = error_TE.masked_fill(~real_T[:, None], 0).sum() / (real_T.sum() * self.num_experts).clamp(min=1)
+            losses["capacity"] = self.predictor_weight * error
+            ranked_TE = chance_TE.masked_fill(~real_T[:, None], -torch.inf).sort(dim=0, descending=True).values
+            stats["quantile"] = ranked_TE[(k_1 - 1).clamp(min=0)][0]
+        else:
+            above_TE = (chance_TE > self.threshold.to(dtype)) & real_T[:, None]
+            taken_TE = above_TE if self.inference == "token" else experts_take(scores_TE[None], above_TE.sum(0)[None], real_T[None])[0]
+        return Routing.from_mask(taken_TE, scores_TE, logits=logits_TE, scores=scores_TE, prediction=prediction_TE, losses=losses, stats=stats)
+
+    def update(self, stats: dict[str, Tensor]) -> None:
+        self.threshold.lerp_(stats["quantile"].to(self.threshold.dtype), 1 - self.threshold_decay)

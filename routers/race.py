@@ -1,0 +1,110 @@
+"""Expert Race: all (token, expert) pairs of the batch compete for one budget.
+
+    logits Z = W2 gelu(W1 x);  gate = Z (identity), sigmoid, or softmax over the experts
+    training    the top_k * T highest gates of the whole pool (this micro-batch) win; a token may have 0 to E experts
+                after the step  tau <- decay * tau + (1 - decay) * (the smallest winning gate)
+    inference   every pair with gate >= tau: independent of the batch
+    loss similarity = similarity_weight * L_sim    (``losses.similarity_loss``)
+    prediction = W3 gelu(W1 x)  [T, P]: a second head that the recipe holds against the model's target (per-layer regularisation)
+
+Source: Expert Race, arXiv:2503.16057, of which tables and captions were read, and two unofficial implementations; they agree on the
+loss's weights and differ in its normaliser (here 1/T) and in the momentum (0.95 and 0.99). The paper's loss weights were not seen.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Router, Routing, TokenContext, register_router, router_dtype
+from .losses import similarity_loss
+
+
+@register_router("race")
+class RaceRouter(Router):
+    evidence = "reconstruction"
+    reductions = {"cut": "mean"}
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        top_k: float = 1.0,
+        gate: Literal["identity", "sigmoid", "softmax"] = "identity",
+        similarity_weight: float = 1e-4,
+        threshold_decay: float = 0.95,
+        prediction_dim: int | None = None,
+    ) -> None:
+        """
+        Args:
+            dim: token width, D.
+            num_experts: routed experts, E.
+            top_k: experts a token on average.
+            gate: what competes, and the weight.
+            similarity_weight: of the loss ``similarity``; 0 = no such loss.
+            threshold_decay: of the running threshold.
+            prediction_dim: width P of the second head; None = no such head.
+
+        Raises:
+            ValueError: an option outside its range.
+        """
+        super().__init__(num_experts=num_experts)
+        if not 0 < top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+        if gate not in ("identity", "sigmoid", "softmax"):
+            raise ValueError(f'gate="{gate}": choose "identity", "sigmoid" or "softmax"')
+        if not 0 <= threshold_decay < 1:
+            raise ValueError(f"threshold_decay={threshold_decay}: choose 0 to less than 1")
+        if prediction_dim is not None and prediction_dim < 1:
+            raise ValueError(f"prediction_dim={prediction_dim}: choose at least 1, or None for no such head")
+        self.top_k, self.gate = top_k, gate
+        self.similarity_weight, self.threshold_decay = similarity_weight, threshold_decay
+        self.hidden = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, num_experts)
+        self.head = None if prediction_dim is None else nn.Linear(dim, prediction_dim)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    @property
+    def batch_independent(self) -> bool:
+        return not self.training
+
+    @property
+    def causal(self) -> bool:
+        return not self.training
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+        dtype, real_T = router_dtype(x_TD), context.real_T
+        hidden_TD = F.gelu(_linear(self.hidden, x_TD.to(dtype)))
+        logits_TE = _linear(self.out, hidden_TD)
+        scores_TE = logits_TE.softmax(-1)
+        gates_TE = {"identity": logits_TE, "sigmoid": logits_TE.sigmoid(), "softmax": scores_TE}[self.gate]
+        running_TE = gates_TE.detach() if real_T is None else gates_TE.detach().masked_fill(~real_T[:, None], -torch.inf)
+
+        losses, stats = {}, {}
+        if self.training:
+            won_TE, stats["cut"] = self._race(running_TE, real_T)
+            if self.similarity_weight:
+                probabilities_TE = scores_TE if real_T is None else scores_TE.masked_fill(~real_T[:, None], 0)
+                losses["similarity"] = self.similarity_weight * similarity_loss(probabilities_TE, won_TE)
+        else:
+            won_TE = running_TE >= self.threshold.to(dtype)
+        prediction = None if self.head is None else _linear(self.head, hidden_TD)
+        return Routing.from_mask(won_TE, gates_TE, logits=logits_TE, scores=scores_TE, prediction=prediction, losses=losses, stats=stats)
+
+    def _race(self, running_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The winners [T, E], exactly the budget (ties to the earlier pair), and the smallest winning gate."""
+        tokens = torch.tensor(len(running_TE), device=running_TE.device) if real_T is None else real_T.sum()
+        budget = (self.top_k * tokens).to(torch.int64)
+        value, order = running_TE.flatten().sort(descending=True, stable=True)
+        place = torch.arange(len(order), device=order.device)
+        won_TE = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, place < budget).view_as(running_TE)
+        return won_TE, value[(budget - 1).clamp(min=0)]
+
+    def update(self, stats: dict[str, Tensor]) -> None:
+        self.threshold.lerp_(stats["cut"].to(self.threshold.dtype), 1 - self.threshold_decay)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

@@ -1,0 +1,72 @@
+"""Who takes whom: choices along other axes than a token's own, and what a full expert drops.
+
+    expert choice   each expert takes the k tokens of its group (a sample, or the whole pool) with the highest scores
+    capacity        an expert keeps at most C = ceil(factor * K * T / E) assignments
+
+Ties go to the earlier token.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kernels.permute import sort_by_expert
+
+DROP_POLICIES = ("position", "probability")
+
+
+def experts_take(scores_GME: Tensor, k_GE: Tensor, eligible_GM: Tensor | None = None) -> Tensor:
+    """In each group, expert e takes its ``k_GE`` tokens of highest score.
+
+    Args:
+        scores_GME: G groups of M tokens.
+        k_GE: how many, at most the group's eligible tokens.
+        eligible_GM: who may be taken; None = all.
+
+    Returns:
+        [G, M, E] bool.
+    """
+    scores_GME = scores_GME.detach()
+    if eligible_GM is not None:
+        scores_GME = scores_GME.masked_fill(~eligible_GM[:, :, None], -torch.inf)
+    order_GME = scores_GME.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(scores_GME.shape[1], device=scores_GME.device)[None, :, None]
+    taken_GME = (place < k_GE[:, None, :]).scatter(1, order_GME, (place < k_GE[:, None, :]))
+    return taken_GME if eligible_GM is None else taken_GME & eligible_GM[:, :, None]
+
+
+def tokens_per_expert(real_G: Tensor, num_experts: int, top_k: float) -> Tensor:
+    """k = max(1, min(int(M / E * top_k), M)) for groups of M = ``real_G`` eligible tokens; 0 where M is 0. -> [G] int64"""
+    k_G = (real_G.double() / num_experts * top_k).to(torch.int64)
+    return torch.minimum(k_G.clamp(min=1), real_G)
+
+
+def keep_within_capacity(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: Tensor, policy: str) -> Tensor:
+    """Which assignments fit: [T, K] bool.
+
+    Args:
+        expert_TK: ids; -1 is no assignment.
+        weight_TK: what "probability" ranks by.
+        capacity: C, a scalar tensor: assignments that an expert keeps.
+        policy: "position": the first ones in token order; "probability": those of highest weight.
+            Both are those of Megatron-Core's ``moe_token_drop_policy``.
+    """
+    flat = expert_TK.flatten()
+    by = torch.arange(len(flat), device=flat.device)
+    if policy == "probability":
+        by = weight_TK.detach().flatten().argsort(descending=True, stable=True)
+    expert = torch.where(flat < 0, num_experts, flat)[by]
+    order, _, first_E = sort_by_expert(expert, num_experts + 1)
+    expert = expert[order]
+    rank = torch.arange(len(flat), device=flat.device) - first_E[expert]
+    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(0, by[order], (rank < capacity) & (expert < num_experts))
+    return keep.view_as(expert_TK)
+
+
+def check_drop(capacity_factor: float | None, drop_policy: str) -> None:
+    """Raises ValueError for a capacity factor or policy outside its range."""
+    if capacity_factor is not None and not (capacity_factor > 0 and math.isfinite(capacity_factor)):
+        raise ValueError(f"capacity_factor={capacity_factor}: choose a positive number, or None to drop nothing")
+    if drop_policy not in DROP_POLICIES:
+        raise ValueError(f'drop_policy="{drop_policy}": choose one of {DROP_POLICIES}')
