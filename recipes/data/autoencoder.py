@@ -48,8 +48,14 @@ def load_autoencoder(folder: Path, *, device: str | torch.device = "cpu") -> Aut
         ) from error
     if json.loads(config.read_text()).get("shift_factor"):
         raise ValueError(f"{folder} shifts its latents (shift_factor in config.json): use one that only scales them")
-    model = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoencoderKL.from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=False,  # what it does anyway, with a page of warnings, where accelerate is not installed
+    )
+    model = model.to(device).eval().requires_grad_(False)
     digest = hashlib.sha256()
     for file in (config, *weights):
         with file.open("rb") as stream:

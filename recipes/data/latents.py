@@ -9,11 +9,13 @@ with the shards that are missing, and one that was damaged since is found by its
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def write_latents(
     Raises:
         FileNotFoundError: no image folder.
         ValueError: sizes below 1, an image that cannot be read, moments that are none, or an ``out`` that lies in the
-            image folder or was written with other settings.
+            image folder, was written with other settings, or is being written to.
     """
     image_dir, out = Path(image_dir), Path(out)
     sizes = {"image_size": image_size, "shard_size": shard_size, "batch_size": batch_size}
@@ -73,8 +75,29 @@ def write_latents(
         images_sha256=_digest(folder),
     )
     out.mkdir(parents=True, exist_ok=True)
-    index = _whole_part(out, Index(settings=settings, class_names=folder.class_names, moments=None, shards={}))
+    with _only_writer(out):
+        index = _whole_part(out, Index(settings=settings, class_names=folder.class_names, moments=None, shards={}))
+        _write_missing(out, index, folder, encode, batch_size=batch_size)
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    directory = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+        except BlockingIOError as error:
+            raise ValueError(f"{out} is being written to by another process: wait, or choose another --out") from error
+        yield
+    finally:
+        os.close(directory)
+
+
+def _write_missing(
+    out: Path, index: Index, folder: ImageFolder, encode: Callable[[Tensor], Tensor], *, batch_size: int
+) -> None:
     _write_whole(out / "index.json", index.to_json().encode())
+    shard_size, image_size = index.settings.shard_size, index.settings.image_size
     for number in range(index.num_shards):
         if number in index.shards:
             continue

@@ -181,6 +181,16 @@ def test_other_images_are_refused(root, written):
         write_latents(root, written, encode, **SETTINGS)
 
 
+def test_a_second_writer_is_refused_while_the_first_one_writes(tmp_path, root):
+    def encode_while_another_starts(x):
+        with pytest.raises(ValueError, match="is being written to by another process"):
+            write_latents(root, tmp_path / "out", encode, **SETTINGS)
+        return encode(x)
+
+    write_latents(root, tmp_path / "out", encode_while_another_starts, **SETTINGS)
+    assert len(load_data(f"latents:{tmp_path / 'out'}").train) > 0
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
