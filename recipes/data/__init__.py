@@ -25,6 +25,9 @@
 hold out the same images. In a folder an image's side follows from the hash of its path and the other images of its
 class, so that adding a class moves nothing; a class of one image is only trained on.
 
+Only training mirrors images and samples latents: ``images`` without a draw always gives the same. Latents become
+pixels with ``data.to_pixels(x, decode=load_autoencoder(FOLDER).decode)`` (``autoencoder.py``).
+
 ``batches`` remembers nothing: what a rank sees in a step follows from the seed, the step and the layout
 (``sampler.py``), and two ranks together see what one process sees, mirrored and sampled alike (``draw.py``).
 """

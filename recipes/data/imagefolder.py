@@ -42,9 +42,7 @@ class ImageFolder:
     paths: tuple[str, ...]
 
 
-def load_image_folder(
-    root: Path, *, name: str, image_size: int | None, flip: bool, validation_fraction: float
-) -> Data:
+def load_image_folder(root: Path, *, name: str, image_size: int | None, flip: bool, validation_fraction: float) -> Data:
     """Lists the folder and splits it; no image is opened yet.
 
     Raises:
@@ -109,9 +107,7 @@ def list_images(root: Path) -> ImageFolder:
             folders[:] = [name for name in folders if name[0] != "."]
             below = Path(folder).relative_to(root).as_posix()
             found += [
-                f"{below}/{file}"
-                for file in files
-                if file[0] != "." and os.path.splitext(file)[1].lower() in endings
+                f"{below}/{file}" for file in files if file[0] != "." and os.path.splitext(file)[1].lower() in endings
             ]
         if not found:
             raise ValueError(
@@ -157,8 +153,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC
-    )
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -1,6 +1,7 @@
 """Fashion-MNIST's four files, whole and damaged."""
 
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,14 @@ def test_the_split_is_that_of_the_files(folder):
     x = data.train.images([0, 3])
     expected = torch.arange(4 * 28 * 28).view(4, 28, 28, 1)[[0, 3]] % 256
     assert data.to_pixels(x).tolist() == expected.tolist()
+
+
+def test_debians_package_is_read():
+    if not Path(load.FASHION_MNIST_FOLDER).is_dir():
+        pytest.skip("Debian's dataset-fashion-mnist is not installed")
+    data = load_data("fashion-mnist")
+    assert data.train.labels.bincount().tolist() == [6000] * 10
+    assert data.validation.labels.bincount().tolist() == [1000] * 10
 
 
 def test_the_folder_is_debians_unless_given(folder, monkeypatch):
