@@ -1,7 +1,7 @@
 """Which implementation computes a kernel: chosen by device, dtype and shape, or forced.
 
     reference   a readable loop over experts in plain differentiable operations: the definition. Any device, any dtype
-    cpu         slices of preallocated results, expert by expert while they are in cache. CPU; float16 goes through float32
+    cpu         slices of preallocated results, expert by expert while they are in cache. CPU; float16 by way of float32
     torch       torch.nn.functional.grouped_mm. float32, bfloat16, float16; every row a multiple of 16 bytes
 
 Chosen by itself: ``cpu`` on a CPU, ``torch`` on CUDA where it can, ``reference`` for all else. The argument
@@ -22,9 +22,7 @@ _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_MM_ALIGNMENT = 16  # bytes, of every row
 
 
-def choose_backend(
-    backend: str | None, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]
-) -> str:
+def choose_backend(backend: str | None, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
     """The name of the backend that computes on ``device`` in ``dtype`` with rows of ``widths`` elements.
 
     Raises:
@@ -41,7 +39,9 @@ def choose_backend(
     if backend not in BACKENDS:
         close = difflib.get_close_matches(str(backend), BACKENDS, n=1)
         hint = f'did you mean "{close[0]}"? ' if close else ""
-        raise ValueError(f'{origin}"{backend}" is no kernel backend: {hint}Choose {choices}, or none to have one chosen')
+        raise ValueError(
+            f'{origin}"{backend}" is no kernel backend: {hint}Choose {choices}, or none to have one chosen'
+        )
     reason = _why_not(backend, device, dtype, widths)
     if reason:
         raise ValueError(f'{origin}"{backend}" {reason}; take "reference", or none to have one chosen')

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .activation import activate_into, activation_backward_into
-from .backend import accumulation_dtype
 
 _BUCKET = 32
 
@@ -69,7 +68,6 @@ def expert_mlp_forward(
     y_ND = blocks.rows(dim)
     h_NH = blocks.rows(w_in.shape[1]) if keep else blocks.scratch(w_in.shape[1])
     x_buffer, a_buffer = blocks.scratch(dim), blocks.scratch(hidden)
-    weight_N1 = None if weight_N is None else weight_N.to(x_TD.dtype)[:, None]
     for e, low, high, padded in blocks.busy:
         x = _take_rows(x_TD, token_N, low, high, padded, x_buffer)
         h = h_NH[low : low + padded] if keep else h_NH[:padded]
@@ -78,13 +76,12 @@ def expert_mlp_forward(
         _linear_into(x, w_in[e].T, None if b_in is None else b_in[e], h)
         activate_into(h, a, activation)
         _linear_into(a, w_out[e].T, None if b_out is None else b_out[e], y)
-        if weight_N1 is not None and not combine:
-            y_ND[low:high].mul_(weight_N1[low:high])
+        if weight_N is not None and not combine:
+            y_ND[low:high].mul_(weight_N[low:high, None])
     y_ND = y_ND[: blocks.total]
     order_N = order_by_token(token_N) if token_N is not None and (combine or keep) else counts_E.new_empty(0)
     if combine:
-        weight = None if weight_N1 is None else weight_N1.view(-1)
-        y_ND = sum_by_token(y_ND, token_N, order_N, len(x_TD), weight)
+        y_ND = sum_by_token(y_ND, token_N, order_N, len(x_TD), weight_N)
     h_NH = h_NH[: blocks.total] if keep else x_TD.new_empty(0)
     return y_ND, h_NH, order_N if keep else counts_E.new_empty(0)
 
@@ -116,51 +113,45 @@ def expert_mlp_backward(
     )
     x_buffer, dy_buffer = blocks.scratch(dim), blocks.scratch(dim)
     a_buffer, da_buffer, dh_buffer = (blocks.scratch(width) for width in (hidden, hidden, h_NH.shape[1]))
-    weight_N1 = None if weight_N is None else weight_N.to(x_TD.dtype)[:, None]
-    sum_dtype = accumulation_dtype(x_TD.dtype)
+    weight_N1 = None if weight_N is None else weight_N[:, None]
 
     for e, low, high, padded in blocks.busy:
         n = high - low
         dy_rows = _take_rows(dy, token_N if combine else None, low, high, padded, dy_buffer, clean=True)
         da, a, dh = da_buffer[:padded], a_buffer[:padded], dh_buffer[:padded]
+        # da and dh lack the routing weight: it comes in where rows are D wide, which is the narrower side
         torch.mm(dy_rows, w_out[e], out=da)
-        if weight_N is None:
-            activation_backward_into(h_NH[low:high], da[:n], a[:n], dh[:n], activation)
-        else:
-            # <dY, a W_out^T> = <dY W_out, a>: the routing weight's gradient without the expert's output
-            if need_weight:
-                activate_into(h_NH[low:high], a[:n], activation)
-                torch.sum(a[:n] * da[:n], -1, dtype=sum_dtype, out=dweight_N[low:high])
-                if b_out is not None:
-                    dweight_N[low:high].add_(dy_rows[:n] @ b_out[e])
-            da[:n].mul_(weight_N1[low:high])
-            activation_backward_into(h_NH[low:high], da[:n], a[:n], dh[:n], activation)
-            if need_w_out:
-                a[:n].mul_(weight_N1[low:high])
+        activation_backward_into(h_NH[low:high], da[:n], a[:n], dh[:n], activation)
         if padded > n:
             a[n:].zero_()
             dh[n:].zero_()
+        if need_weight:
+            # <dY, a W_out^T> = <dY W_out, a>: the routing weight's gradient without the expert's output
+            torch.sum(da[:n].mul_(a[:n]), -1, dtype=weight_N.dtype, out=dweight_N[low:high])
+            if b_out is not None:
+                dweight_N[low:high].add_(torch.mv(dy_rows[:n], b_out[e]))
+        if need_w_out or need_b_out:
+            dy_rows = _weighted(dy_rows, weight_N1, low, high, dy_buffer)
         if need_w_out:
             torch.mm(dy_rows.T, a, out=dw_out[e])
         if need_b_out:
-            if weight_N is None:
-                torch.sum(dy_rows[:n], 0, out=db_out[e])
-            else:
-                torch.mv(dy_rows[:n].T, weight_N1[low:high, 0], out=db_out[e])
+            torch.sum(dy_rows, 0, out=db_out[e])
         if need_b_in:
-            torch.sum(dh[:n], 0, out=db_in[e])
-        if need_w_in:
-            x = _take_rows(x_TD, token_N, low, high, padded, x_buffer, clean=True)
-            torch.mm(dh.T, x, out=dw_in[e])
+            _sum_rows_into(dh[:n], weight_N, low, high, db_in[e])
         if need_x:
             torch.mm(dh, w_in[e], out=dx_ND[low : low + padded])
+        if need_w_in:
+            x = _take_rows(x_TD, token_N, low, high, padded, x_buffer, clean=True)
+            torch.mm(dh.T, _weighted(x, weight_N1, low, high, x_buffer), out=dw_in[e])
 
     for gradient, need in zip((dw_in, dw_out, db_in, db_out), needs[1:], strict=False):
         if need:
             blocks.zero_empty(gradient)
-    dx = dx_ND[: blocks.total] if need_x else x_TD.new_empty(0)
+    dx = dx_ND[: blocks.total]
     if need_x and token_N is not None:
-        dx = sum_by_token(dx, token_N, order_N, len(x_TD), None)
+        dx = sum_by_token(dx, token_N, order_N, len(x_TD), weight_N)
+    elif need_x and weight_N is not None:
+        dx.mul_(weight_N1)
     return dx, dw_in, dw_out, db_in, db_out, dweight_N
 
 
@@ -169,13 +160,11 @@ def order_by_token(token_N: Tensor) -> Tensor:
     return token_N.argsort(stable=True)
 
 
-def sum_by_token(
-    rows_ND: Tensor, token_N: Tensor, order_N: Tensor, num_tokens: int, weight_N: Tensor | None
-) -> Tensor:
+def sum_by_token(rows_ND: Tensor, token_N: Tensor, order_N: Tensor, num_tokens: int, weight_N: Tensor | None) -> Tensor:
     """Sums the rows of each token, times their weights where given; tokens without a row get 0. -> [T, D]"""
     count_T = torch.bincount(token_N, minlength=num_tokens)
     start_T = count_T.cumsum(0) - count_T
-    weight = None if weight_N is None else weight_N[order_N]
+    weight = None if weight_N is None else weight_N[order_N].to(rows_ND.dtype)
     # a bag is a token: one pass that gathers, weighs and sums in float32, where index_add_ goes row by row
     return torch.embedding_bag(rows_ND, order_N, start_T, mode=0, per_sample_weights=weight)[0]
 
@@ -248,6 +237,23 @@ def _padded_rows(x_NK: Tensor, low: int, high: int, padded: int, buffer: Tensor)
     buffer[: high - low].copy_(x_NK[low:high])
     buffer[high - low : padded].zero_()
     return buffer[:padded]
+
+
+def _weighted(rows: Tensor, weight_N1: Tensor | None, low: int, high: int, buffer: Tensor) -> Tensor:
+    """An expert's rows (with their zero padding) times their weights, in ``buffer``."""
+    if weight_N1 is None:
+        return rows
+    n = high - low
+    torch.mul(rows[:n], weight_N1[low:high], out=buffer[:n])
+    return buffer[: len(rows)]
+
+
+def _sum_rows_into(rows: Tensor, weight_N: Tensor | None, low: int, high: int, total: Tensor) -> None:
+    """Writes the sum of an expert's rows, times their weights where given, into ``total``."""
+    if weight_N is None:
+        torch.sum(rows, 0, out=total)
+    else:
+        torch.mv(rows.T, weight_N[low:high].to(rows.dtype), out=total)
 
 
 def _linear_into(x: Tensor, w_KM: Tensor, bias: Tensor | None, y: Tensor) -> None:

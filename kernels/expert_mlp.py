@@ -179,6 +179,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, _dh, _dorder):
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, w_in, w_out, b_in, b_out, counts, token, weight, h, order = ctx.saved_tensors
     needed = ctx.needs_input_grad
     needs = [*needed[:5], needed[7]]

@@ -2,7 +2,8 @@
 
 grouped_mm wants int32 offsets (the end of each expert's rows), row strides that are multiples of 16 bytes and
 gradients that are not expanded, and it leaves rows beyond the last offset uninitialised: the caller sees to widths
-(``backend.choose_backend``), and here every buffer has exactly as many rows as the offsets say.
+(``backend.choose_backend``), and here every buffer has exactly as many rows as the offsets say. It takes no bias: in
+half types a bias is added to products that are rounded already.
 """
 
 import torch

@@ -10,7 +10,6 @@ dtype. Differentiable in the values, float64 too.
 import importlib.util
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .backend import accumulation_dtype
@@ -33,7 +32,9 @@ def segment_sum(
         ValueError: ids that are not one a row, or an implementation that is unknown or not installed.
     """
     if segment_N.shape != values.shape[:1]:
-        raise ValueError(f"segment has shape {tuple(segment_N.shape)}: expected ({len(values)},), one id a row of values")
+        raise ValueError(
+            f"segment has shape {tuple(segment_N.shape)}: expected ({len(values)},), one id a row of values"
+        )
     rows = values.to(accumulation_dtype(values.dtype))
     if implementation == "native":
         total = rows.new_zeros(num_segments, *rows.shape[1:]).index_add(0, segment_N, rows)

@@ -1,0 +1,401 @@
+"""expert_mlp: values and gradients against the float64 reference, memory kept, compile, checkpoint, autocast."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_fixtures import poisoned  # noqa: F401
+from torch.utils.checkpoint import checkpoint
+
+from gatewright.kernels.activation import ACTIVATIONS, GATED, activate, activate_into, activation_backward_into
+from gatewright.kernels.expert_mlp import expert_mlp
+
+FAST = ("cpu", "torch")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+NAMES = ("out", "x", "w_in", "w_out", "b_in", "b_out", "weight")
+
+
+@dataclasses.dataclass
+class Case:
+    """Sizes and variants of one call; ``run`` gives its value and gradients."""
+
+    counts: list
+    num_tokens: int = 12
+    dim: int = 8
+    hidden: int = 16
+    activation: str = "swiglu"
+    bias: bool = True
+    weighted: bool = True
+    variant: str = "combine"  # "rows": sorted rows in, rows out; "gather": tokens in, rows out; "combine": tokens both
+    seed: int = 0
+
+    def tensors(self, dtype):
+        """Everything as leaves in ``dtype``, rounded to it from one draw; weights at least float32."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        num_experts, num_rows = len(self.counts), sum(self.counts)
+        width = 2 * self.hidden if self.activation in GATED else self.hidden
+        x = draw(num_rows if self.variant == "rows" else self.num_tokens, self.dim)
+        w_in = draw(num_experts, width, self.dim) * self.dim**-0.5
+        w_out = draw(num_experts, self.dim, self.hidden) * self.hidden**-0.5
+        b_in = draw(num_experts, width) if self.bias else None
+        b_out = draw(num_experts, self.dim) if self.bias else None
+        weight = draw(num_rows).abs() if self.weighted else None
+        token = None if self.variant == "rows" else torch.randint(self.num_tokens, (num_rows,), generator=generator)
+        dy = draw(self.num_tokens if self.variant == "combine" else num_rows, self.dim).to(dtype)
+        leaves = [None if leaf is None else leaf.to(dtype) for leaf in (x, w_in, w_out, b_in, b_out)]
+        leaves.append(None if weight is None else weight.to(torch.promote_types(dtype, torch.float32)))
+        return leaves, token, dy
+
+    def call(self, leaves, token, backend):
+        x, w_in, w_out, b_in, b_out, weight = leaves
+        return expert_mlp(
+            x,
+            w_in,
+            w_out,
+            b_in,
+            b_out,
+            torch.tensor(self.counts),
+            token=token,
+            weight=weight,
+            combine=self.variant == "combine",
+            activation=self.activation,
+            backend=backend,
+        )
+
+    def run(self, dtype, backend, compute=None):
+        """{name: value or gradient}, computed in ``compute`` from values rounded to ``dtype``."""
+        leaves, token, dy = self.tensors(dtype)
+        if compute is not None:
+            leaves, dy = [None if leaf is None else leaf.to(compute) for leaf in leaves], dy.to(compute)
+        leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
+        out = self.call(leaves, token, backend)
+        out.backward(dy)
+        results = [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+        return {name: result for name, result in zip(NAMES, results, strict=True) if result is not None}
+
+
+def relative_error(value, exact):
+    return float((value.double() - exact).norm() / (exact.norm() + 1e-12))
+
+
+def check(case, dtype, backend):
+    """The backend's errors are within tolerance, or else within 1.5 times those of the reference in this dtype."""
+    exact = case.run(dtype, "reference", compute=torch.float64)
+    same = case.run(dtype, "reference")
+    fast = case.run(dtype, backend)
+    assert fast.keys() == exact.keys()
+    for name, value in fast.items():
+        assert value.shape == exact[name].shape and value.dtype == same[name].dtype, name
+        few = 2 if sum(case.counts) < 32 else 1  # so few rows average no rounding out
+        allowed = max(few * TOLERANCE[dtype], 1.5 * relative_error(same[name], exact[name]))
+        assert relative_error(value, exact[name]) <= allowed, (name, case, dtype, backend)
+
+
+cases = st.builds(
+    Case,
+    counts=st.lists(st.one_of(st.just(0), st.integers(0, 70)), min_size=1, max_size=5),
+    num_tokens=st.integers(1, 40),
+    dim=st.sampled_from([8, 16, 24]),
+    hidden=st.sampled_from([8, 40]),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    weighted=st.booleans(),
+    variant=st.sampled_from(["rows", "gather", "combine"]),
+    seed=st.integers(0, 1000),
+)
+odd_cases = st.builds(
+    lambda case, dim, hidden: dataclasses.replace(case, dim=dim, hidden=hidden),
+    cases,
+    st.integers(1, 19),
+    st.integers(1, 19),
+)
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestAgainstReference:
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(case=odd_cases)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_cpu_on_odd_sizes(self, case, dtype):
+        check(case, dtype, "cpu")
+
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    @given(case=cases)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_torch_on_aligned_sizes(self, case, dtype):
+        check(case, dtype, "torch")
+
+    @pytest.mark.parametrize("backend", FAST)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("counts", "num_tokens"),
+        [([0, 0, 0], 5), ([0], 1), ([1], 1), ([0, 1, 0], 1), ([64], 64), ([33, 0, 32, 31], 7)],
+        ids=["no rows", "no rows, one expert", "one row", "one busy expert", "one expert", "around the bucket"],
+    )
+    @pytest.mark.parametrize("variant", ["rows", "gather", "combine"])
+    def test_edges(self, backend, dtype, counts, num_tokens, variant):
+        for activation, bias, weighted in itertools.product(("gelu", "swiglu"), (False, True), (False, True)):
+            check(Case(counts, num_tokens, 8, 16, activation, bias, weighted, variant), dtype, backend)
+
+    @pytest.mark.parametrize("backend", FAST)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_tolerances_on_larger_sizes(self, backend, dtype, activation):
+        # grouped_mm takes no bias: added to a rounded product, it can round h across relu's kink
+        bias = (backend, activation) != ("torch", "relu")
+        case = Case([150, 0, 70, 36], 128, 64, 96, activation, bias)
+        exact = case.run(dtype, "reference", compute=torch.float64)
+        same = case.run(dtype, "reference")
+        for name, value in case.run(dtype, backend).items():
+            error = relative_error(value, exact[name])
+            assert error <= TOLERANCE[dtype], name
+            assert error <= 1.5 * relative_error(same[name], exact[name]) + TOLERANCE[dtype] / 20, name
+
+    @pytest.mark.parametrize("backend", FAST)
+    def test_a_weight_of_zero_has_its_gradient(self, backend):
+        case = Case([5, 6])
+        results = {}
+        for name in ("reference", backend):
+            leaves, token, dy = case.tensors(torch.float32)
+            leaves[-1][:4] = 0
+            leaves[-1].requires_grad_()
+            case.call(leaves, token, name).backward(dy)
+            results[name] = leaves[-1].grad
+        torch.testing.assert_close(results[backend], results["reference"])
+
+
+def test_a_token_that_is_not_finite_reaches_only_its_expert():
+    """Padding rows must not carry one expert's values into another's gradients."""
+    case = Case([3, 5], variant="rows")
+    leaves, token, dy = case.tensors(torch.bfloat16)
+    leaves[0][0] = float("nan")
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    case.call(leaves, token, "cpu").backward(dy)
+    for leaf in leaves[1:5]:
+        assert leaf.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("variant", ["rows", "gather", "combine"])
+def test_reference_gradients_are_those_of_differences(activation, variant):
+    case = Case([2, 0, 3], 4, 3, 2, activation, variant=variant)
+    leaves, token, _ = case.tensors(torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(lambda *leaves: case.call(leaves, token, "reference"), leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: case.call(leaves, token, "cpu"), leaves)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_backward_is_that_of_autograd(activation):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(5, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    a = activate(h, activation)
+    da = torch.randn(a.shape, generator=generator, dtype=torch.float64)
+    a.backward(da)
+    a_only, a_again, dh = torch.empty_like(a), torch.empty_like(a), torch.empty_like(h)
+    activate_into(h.detach(), a_only, activation)
+    activation_backward_into(h.detach(), da, a_again, dh, activation)
+    for value, expected in ((a_only, a), (a_again, a), (dh, h.grad)):
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expanded_gradients_and_strided_inputs(backend, dtype):
+    case = Case([9, 0, 40])
+    results = []
+    for strided in (False, True):
+        leaves, token, _ = case.tensors(dtype)
+        if strided:
+            leaves = [leaf.mT.contiguous().mT if leaf.dim() > 1 else leaf for leaf in leaves]
+            leaves[5] = torch.stack([leaves[5], leaves[5]], 1)[:, 0]
+            token = torch.stack([token, token], 1)[:, 0]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = case.call(leaves, token, backend)
+        if strided:
+            out.sum().backward()
+        else:
+            out.backward(torch.ones_like(out))
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, strided in zip(*results, strict=True):
+        torch.testing.assert_close(strided, plain)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("wanted", NAMES[1:])
+def test_one_gradient_alone(backend, wanted):
+    case = Case([9, 0, 40])
+    every = case.run(torch.float32, backend)
+    leaves, token, dy = case.tensors(torch.float32)
+    leaf = leaves[NAMES.index(wanted) - 1].requires_grad_()
+    case.call(leaves, token, backend).backward(dy)
+    torch.testing.assert_close(leaf.grad, every[wanted])
+    assert sum(leaf.grad is not None for leaf in leaves) == 1
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("dtype", "activation"), [(torch.float32, "gelu"), (torch.bfloat16, "swiglu")])
+def test_keeps_tokens_and_pre_activations_only(backend, dtype, activation):
+    case = Case([150, 0, 70, 36], 128, 64, 96, activation)
+    leaves, token, _ = case.tensors(dtype)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        case.call(leaves, token, backend)
+    parameters = {id(leaf) for leaf in leaves[1:]}
+    sizes = [tensor.nbytes for tensor in kept if id(tensor) not in parameters and tensor.is_floating_point()]
+    num_rows, width = sum(case.counts), leaves[1].shape[1]
+    assert sum(sizes) <= dtype.itemsize * (128 * 64 + num_rows * width)
+    routing = [tensor.nbytes for tensor in kept if not tensor.is_floating_point()]
+    assert sum(routing) <= 8 * (2 * num_rows + len(case.counts))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_without_gradients_the_value_is_the_same(backend):
+    case = Case([9, 0, 40])
+    leaves, token, _ = case.tensors(torch.bfloat16)
+    with torch.no_grad():
+        quiet = case.call([leaf.clone().requires_grad_() for leaf in leaves], token, backend)
+    assert torch.equal(quiet, case.run(torch.bfloat16, backend)["out"])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["rows", "gather", "combine"])
+def test_compiles_whole(backend, dtype, variant):
+    case = Case([9, 0, 40], variant=variant)
+    eager = case.run(dtype, backend)
+    torch._dynamo.reset()
+    leaves, token, dy = case.tensors(dtype)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    counts = torch.tensor(case.counts)
+
+    def call(x, w_in, w_out, b_in, b_out, weight):
+        return expert_mlp(
+            x * 1,
+            w_in,
+            w_out,
+            b_in,
+            b_out,
+            counts,
+            token=token,
+            weight=weight,
+            combine=variant == "combine",
+            activation=case.activation,
+            backend=backend,
+        )
+
+    out = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
+    out.backward(dy)
+    for name, value in zip(NAMES, [out.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        assert torch.equal(value, eager[name]), name
+
+
+def test_compiles_whole_with_the_backend_chosen_by_itself(monkeypatch):
+    monkeypatch.delenv("GATEWRIGHT_KERNELS", raising=False)
+    case = Case([9, 0, 40])
+    leaves, token, _ = case.tensors(torch.float32)
+    torch._dynamo.reset()
+    x, w_in, w_out, b_in, b_out, weight = leaves
+    counts = torch.tensor(case.counts)
+
+    def call(x):
+        return expert_mlp(
+            x, w_in, w_out, b_in, b_out, counts, token=token, weight=weight, combine=True, activation="swiglu"
+        )
+
+    assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_recomputation_changes_nothing(backend):
+    case = Case([9, 0, 40])
+    plain = case.run(torch.float32, backend)
+    leaves, token, dy = case.tensors(torch.float32)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = checkpoint(lambda *leaves: case.call(leaves, token, backend), *leaves, use_reentrant=False)
+    out.backward(dy)
+    for name, value in zip(NAMES, [out.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        assert torch.equal(value, plain[name]), name
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_autocast_computes_in_its_dtype_and_leaves_weights_alone(backend):
+    case = Case([9, 0, 40])
+    leaves, token, dy = case.tensors(torch.float32)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.call(leaves, token, backend)
+    assert out.dtype == torch.bfloat16
+    out.backward(dy.bfloat16())
+    cast = [leaf.detach().bfloat16() for leaf in leaves[:5]]
+    cast = [leaf.requires_grad_() for leaf in [*cast, leaves[5].detach().clone()]]
+    expected = case.call(cast, token, backend)
+    expected.backward(dy.bfloat16())
+    assert torch.equal(out, expected)
+    for leaf, expected_leaf in zip(leaves, cast, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert torch.equal(leaf.grad, expected_leaf.grad.float())
+
+
+def test_autocast_leaves_float64_alone():
+    case = Case([9, 0, 40])
+    leaves, token, _ = case.tensors(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert case.call(leaves, token, None).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_is_a_sound_custom_operator(backend):
+    case = Case([9, 0, 40], bias=True)
+    (x, w_in, w_out, b_in, b_out, weight), token, _ = case.tensors(torch.float32)
+    leaves = [leaf.requires_grad_() for leaf in (x, w_in, w_out, b_in, b_out)]
+    counts = torch.tensor(case.counts)
+    operands = (*leaves, counts, token, weight.requires_grad_(), True, "swiglu", True, backend)
+    torch.library.opcheck(
+        torch.ops.gatewright.expert_mlp.default,
+        operands,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "swigli"}, 'did you mean "swiglu"'),
+        ({"activation": "gelu"}, "w_in has shape"),
+        ({"b_in": torch.zeros(2, 3)}, "b_in has shape"),
+        ({"b_out": torch.zeros(3, 8)}, "b_out has shape"),
+        ({"counts": torch.tensor([3, 3, 3])}, "counts has shape"),
+        ({"counts": torch.tensor([3, 3])}, "add up to 6"),
+        ({"weight": torch.ones(3)}, "weight has shape"),
+        ({"token": None}, "combine=True without token"),
+        ({"x": torch.zeros(4, 8, dtype=torch.float64)}, "give both one dtype"),
+        ({"x": torch.zeros(4, 9)}, "x has shape"),
+        ({"x": torch.zeros(8)}, r"expected \[T, D\]"),
+        ({"backend": "torhc"}, 'did you mean "torch"'),
+        ({"backend": "triton"}, "is no kernel backend"),
+    ],
+)
+def test_says_what_is_wrong(change, message):
+    given_ = {
+        "x": torch.zeros(4, 8),
+        "w_in": torch.zeros(2, 32, 8),
+        "w_out": torch.zeros(2, 8, 16),
+        "b_in": None,
+        "b_out": None,
+        "counts": torch.tensor([3, 2]),
+        "token": torch.zeros(5, dtype=torch.int64),
+        "weight": None,
+        "combine": True,
+        "activation": "swiglu",
+    } | change
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(**given_)
