@@ -1,4 +1,4 @@
-"""Models that the recipes share: the diffusion transformer, its objectives, and the way to and from released weights."""
+"""Models that the recipes share: the diffusion transformer, its objectives, the way to and from released weights."""
 
 from .diffusion import create_objective, draw_samples, validation_loss
 from .dit import DiT, ParameterCount, count_parameters

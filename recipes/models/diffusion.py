@@ -4,6 +4,8 @@
     result = objective.loss(model, batch.images, batch.labels, batch.draw);  result.total.backward()
     held_out = validation_loss(objective, model, images, labels)             {"conditional": ..., "null": ...}
     images = draw_samples(objective, model, labels, guidance=2.0, steps=50, seed=0)
+
+An objective is a file: ``flow.py``, ``ddpm.py``; what they share is ``objective.py``.
 """
 
 import difflib
@@ -54,8 +56,8 @@ def validation_loss(
 ) -> dict[str, float]:
     """The loss on held-out images at noise and times that never change, with every label shown and with none.
 
-    Collective where ``ranks`` > 1: ranks share the images, take the same number of forwards (which expert parallelism needs),
-    and all get the same result.
+    Collective where ``ranks`` > 1: ranks share the images, take the same number of forwards (expert parallelism needs
+    that), and all get the same result.
 
     Args:
         images: [N, C, H, W], all of them on every rank.
@@ -116,7 +118,9 @@ def draw_samples(
     """
     config = objective.config
     if labels.dim() != 1 or len(labels) == 0 or not ((labels >= 0) & (labels <= config.num_classes)).all():
-        raise ValueError(f"labels={labels.tolist()}: give classes 0 to {config.num_classes - 1}, or {config.num_classes} for none")
+        raise ValueError(
+            f"labels={labels.tolist()}: give classes 0 to {config.num_classes - 1}, or {config.num_classes} for none"
+        )
     if steps < 1 or batch_size < 1 or guidance < 0:
         raise ValueError(f"steps={steps}, batch_size={batch_size}, guidance={guidance}: at least 1, 1 and 0")
     device = next(model.parameters()).device

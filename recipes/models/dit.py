@@ -7,11 +7,12 @@
         x = x + gate_2 * mlp(norm(x) * (1 + scale_2) + shift_2)                   mlp: a feed-forward, or a MoE layer
     out = unpatch(W (norm(x) * (1 + scale) + shift) + b)
 
-The weights that make the gates, the final shift and scale, and the output start at zero (adaLN-Zero): a new model is the
-identity in every block and answers 0. A router sees the modulated tokens, so time and class are in them, and its
+The weights that make the gates, the final shift and scale, and the output start at zero (adaLN-Zero): a new model is
+the identity in every block and answers 0. A router sees the modulated tokens, so time and class are in them, and its
 ``TokenContext`` says which samples have no label, the time, the grid of patches, and the key of the noise.
 
-Sources: DiT, arXiv:2212.09748; ProMoE, arXiv:2510.24711v2, and its released code, whose parameter names the dense parts have.
+Sources: DiT, arXiv:2212.09748; ProMoE, arXiv:2510.24711v2, and its released code, whose parameter names the dense
+parts have.
 """
 
 import hashlib
@@ -41,8 +42,8 @@ class DiT(nn.Module):
         layer_factory: makes a MoE layer, called as ``layer_factory(router, spec, shared=..., parallel=..., seed=...,
             layer=...)``: ``MoELayer``, or the class of a host.
         parallel: where the routed experts live; by default all here.
-        seed: of the initial weights. Each is drawn from (seed, its name), or by the bank from (seed, block, expert): the
-            same on every rank layout, and the parts that two models share are equal whatever their routers.
+        seed: of the initial weights. Each is drawn from (seed, its name), or by the bank from (seed, block, expert):
+            the same on every rank layout, and the parts that two models share are equal whatever their routers.
         checkpoint_blocks: compute each block again in the backward instead of keeping its activations.
 
     Raises:
@@ -252,7 +253,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def time_features(t: Tensor) -> Tensor:
     """cos and sin of t * MAX_PERIOD^(-i / half), cosines first. [B] -> [B, TIME_FEATURES]"""
     half = TIME_FEATURES // 2
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    # float32 whatever t is, as in the released code
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 

@@ -15,8 +15,8 @@ A dense feed-forward has hidden width 4 * dim. Experts stand in every second blo
 | race | 32 (16) | dim | 4 on average | |
 | dense | | 4 * dim | | |
 
-Sources: ProMoE, arXiv:2510.24711v2, table 2 and the released configurations, the baselines included; race's 4 in 32 from
-Expert Race, arXiv:2503.16057, table 4, here in every second block.
+Sources: ProMoE, arXiv:2510.24711v2, table 2 and the released configurations, the baselines included; race's 4 in 32
+from Expert Race, arXiv:2503.16057, table 4, here in every second block.
 """
 
 import dataclasses
@@ -84,7 +84,9 @@ class DiTConfig:
         _, height, width = self.input_shape
         if height % self.patch or width % self.patch:
             sides = [side for side in range(1, min(height, width) + 1) if height % side == width % side == 0]
-            raise ValueError(f"patch={self.patch} does not divide an input of {height} x {width}: choose one of {sides}")
+            raise ValueError(
+                f"patch={self.patch} does not divide an input of {height} x {width}: choose one of {sides}"
+            )
         if self.dim % 4:
             raise ValueError(f"dim={self.dim}: choose a multiple of 4, for the sines and cosines of two axes")
         if self.dim % self.heads:

@@ -4,8 +4,8 @@
     loss = mean (out[first C channels] - (eps - x_0))^2          the model is told t = 1000 s
     sampling: Euler from s = 1 to 0 in equal steps,  x <- x + (s' - s) v(x, 1000 s)
 
-Sources: Liu et al., arXiv:2209.03003; logit-normal times, Esser et al., arXiv:2403.03206; as in the released code of ProMoE,
-arXiv:2510.24711v2.
+Sources: Liu et al., arXiv:2209.03003; logit-normal times, Esser et al., arXiv:2403.03206; as in the released code of
+ProMoE, arXiv:2510.24711v2.
 """
 
 import torch

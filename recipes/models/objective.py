@@ -4,8 +4,8 @@
           + sum over MoE layers of the routers' losses
           + prediction_weight * sum over MoE layers of mean (router's prediction - target)^2      where routers predict
 
-Noise, times and label dropout come from a ``Draw``, keyed by (seed, step, position in the global batch): every rank layout
-and every micro-batching draws the same. Guidance runs both branches in one forward and acts on all channels:
+Noise, times and label dropout come from a ``Draw``, keyed by (seed, step, position in the global batch): every rank
+layout and every micro-batching draws the same. Guidance runs both branches in one forward and acts on all channels:
 
     out = out_null + guidance * (out_label - out_null)
 """
@@ -81,7 +81,7 @@ class Objective(ABC):
 
     @abstractmethod
     def score(self, model: Model, x0: Tensor, labels: Tensor, draw: Draw) -> Scored:
-        """Noises x0 [B, C, H, W] by ``draw``, asks the model, and scores the answer. labels [B] are taken as they are."""
+        """Noises x0 [B, C, H, W] by ``draw``, asks the model with labels [B] as they are, and scores its answer."""
 
     @abstractmethod
     def sample(self, model: Model, noise: Tensor, labels: Tensor, *, guidance: float, steps: int) -> Tensor:
@@ -137,9 +137,9 @@ class Objective(ABC):
 
 
 def prediction_loss(routings: list[Routing], target: Tensor, patch: int) -> Tensor:
-    """Holds each router's prediction [T, patch * patch * C] against the target [B, C, H, W]: mean squares, summed over layers.
+    """Each router's prediction [T, patch * patch * C] against the target [B, C, H, W]: mean squares, summed over layers.
 
-    Per-layer regularisation of Expert Race, arXiv:2503.16057, figure 12: it makes shallow routers see what the model is for.
+    Per-layer regularisation of Expert Race, arXiv:2503.16057, figure 12: shallow routers see what the model is for.
     """
     target_TP = patches(target, patch).flatten(0, 1)
     return torch.stack([F.mse_loss(routing.prediction.to(target.dtype), target_TP) for routing in routings]).sum()
