@@ -7,4 +7,7 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.rootpath != Path(__file__).parent:
-        raise pytest.UsageError("name the folder, `pytest tests`, so that its pytest.ini applies")
+        raise pytest.UsageError(
+            f"pytest's root is {config.rootpath}, where its settings are not: run `pytest tests`, "
+            "or name a file or folder in tests that is there"
+        )

@@ -226,17 +226,34 @@ print(json.dumps([is_kernels_available(), theirs, list(gatewright.kernels.__path
 """
 
 
-def neighbours(first: str, second: str, cwd: Path, **environment: str) -> list:
-    pytest.importorskip("transformers")
-    return json.loads(python(f"import sys; sys.argv[1:] = {[first, second]}\n{NEIGHBOURS}", cwd=cwd, **environment))
+ORDERS = {
+    "transformers first": ("transformers", "gatewright.routers"),
+    "gatewright first": ("gatewright.routers", "transformers"),
+}
 
 
-@pytest.mark.parametrize(
-    "order", [("transformers", "gatewright.routers"), ("gatewright.routers", "transformers")], ids=["after", "before"]
-)
-def test_transformers_notices_nothing_in_the_root(order, tmp_path):
-    """Started in the root, the folder `kernels` is on the path; what transformers finds is what it finds elsewhere."""
-    assert neighbours(*order, cwd=ROOT) == neighbours(*order, cwd=tmp_path)
+def neighbours(cwd: Path, order: tuple[str, str]) -> list:
+    return json.loads(python(f"import sys; sys.argv[1:] = {order}\n{NEIGHBOURS}", cwd=cwd))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> list:
+    """What transformers finds where no folder of ours is on the path."""
+    return neighbours(tmp_path_factory.mktemp("elsewhere"), ORDERS["transformers first"])
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_transformers_notices_nothing_in_the_root(order, elsewhere):
+    assert neighbours(ROOT, order) == elsewhere
+
+
+def test_transformers_notices_nothing_in_this_process(elsewhere):
+    """pytest has put the test folders on the path by now, tests/kernels among them."""
+    import transformers.integrations.hub_kernels  # noqa: F401
+    from transformers.utils import is_kernels_available
+
+    assert is_kernels_available() == elsewhere[0]
+    assert getattr(sys.modules.get("kernels"), "__file__", None) in (None, elsewhere[1])
 
 
 def test_their_kernels_win_in_the_root(tmp_path):
