@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from gatewright.recipes.data.draw import Draw
 
+from .ddpm import DDPM
 from .dit_config import DiTConfig
 from .flow import Flow
 from .objective import Objective
 
-OBJECTIVES: dict[str, type[Objective]] = {Flow.name: Flow}
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Flow, DDPM)}
 REPEATS = 4
 
 
@@ -124,13 +125,13 @@ def draw_samples(
     if steps < 1 or batch_size < 1 or guidance < 0:
         raise ValueError(f"steps={steps}, batch_size={batch_size}, guidance={guidance}: at least 1, 1 and 0")
     device = next(model.parameters()).device
+    like = torch.empty(0, device=device)
     was_training = model.training
     model.eval()
     images = []
     for first in range(0, len(labels), batch_size):
         asked = labels[first : first + batch_size].to(device)
         draw = Draw(seed, 0, tuple(range(first, first + len(asked))))
-        noise = draw.normal("sample", config.input_shape).to(device)
-        images.append(objective.sample(model, noise, asked, guidance=guidance, steps=steps))
+        images.append(objective.sample(model, asked, draw, guidance=guidance, steps=steps, like=like))
     model.train(was_training)
     return torch.cat(images)

@@ -61,15 +61,15 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.checkpoint_blocks = config, checkpoint_blocks
-        dim = config.dim
-        self.x_embedder = PatchEmbedder(config)
-        self.t_embedder = TimeEmbedder(dim)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim)
-        self.register_buffer("pos_embed", position_table(dim, config.grid)[None])
-        self.blocks = nn.ModuleList(
-            Block(config, self._feed_forward(index, layer_factory, parallel, seed)) for index in range(config.depth)
-        )
-        self.final_layer = FinalLayer(config)
+        with torch.random.fork_rng(devices=[]):
+            self.x_embedder = PatchEmbedder(config)
+            self.t_embedder = TimeEmbedder(config.dim)
+            self.y_embedder = LabelEmbedder(config.num_classes, config.dim)
+            self.register_buffer("pos_embed", position_table(config.dim, config.grid)[None])
+            self.blocks = nn.ModuleList(
+                Block(config, self._feed_forward(index, layer_factory, parallel, seed)) for index in range(config.depth)
+            )
+            self.final_layer = FinalLayer(config)
         self._initialise(seed)
 
     def _feed_forward(self, index: int, layer_factory, parallel: ExpertParallel | None, seed: int) -> nn.Module:
@@ -77,15 +77,14 @@ class DiT(nn.Module):
         if index not in config.moe_blocks:
             return FeedForward(ExpertSpec(config.dim, config.hidden, ACTIVATION, bias=True))
         spec = ExpertSpec(config.dim, config.expert_hidden, ACTIVATION, bias=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_key(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
-            router = create_router(
-                config.router,
-                dim=config.dim,
-                num_experts=config.num_experts,
-                top_k=config.top_k,
-                **config.router_options,
-            )
+        torch.manual_seed(_key(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
+        router = create_router(
+            config.router,
+            dim=config.dim,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            **config.router_options,
+        )
         shared = FeedForward(spec) if config.shared_expert else None
         return layer_factory(router, spec, shared=shared, parallel=parallel, seed=seed, layer=index)
 

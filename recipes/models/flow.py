@@ -35,8 +35,9 @@ class Flow(Objective):
         error = (out[:, : x0.shape[1]] - target).square().flatten(1).mean(1)
         return Scored(terms={"velocity": error}, target=target, routings=routings)
 
-    def sample(self, model: Model, noise: Tensor, labels: Tensor, *, guidance: float, steps: int) -> Tensor:
-        x, places = noise, torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    def sample(self, model: Model, labels: Tensor, draw: Draw, *, guidance: float, steps: int, like: Tensor) -> Tensor:
+        x = draw.normal("sample", self.config.input_shape).to(like)
+        places = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         for here, there in zip(places[:-1], places[1:], strict=True):
             t = torch.full((len(x),), TIME_SCALE * here, dtype=x.dtype, device=x.device)
             velocity = self.guide(model, x, t, labels, guidance)[:, : x.shape[1]]

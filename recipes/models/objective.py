@@ -84,8 +84,8 @@ class Objective(ABC):
         """Noises x0 [B, C, H, W] by ``draw``, asks the model with labels [B] as they are, and scores its answer."""
 
     @abstractmethod
-    def sample(self, model: Model, noise: Tensor, labels: Tensor, *, guidance: float, steps: int) -> Tensor:
-        """From noise [B, C, H, W] to images of the labels [B], which may be the null label."""
+    def sample(self, model: Model, labels: Tensor, draw: Draw, *, guidance: float, steps: int, like: Tensor) -> Tensor:
+        """Images [B, C, H, W] of the labels [B], from ``draw``'s noise; on the device and in the dtype of ``like``."""
 
     def loss(self, model: Model, x0: Tensor, labels: Tensor, draw: Draw) -> DiffusionLoss:
         """The training loss of a micro-batch: hides labels, then scores.
@@ -137,7 +137,7 @@ class Objective(ABC):
 
 
 def prediction_loss(routings: list[Routing], target: Tensor, patch: int) -> Tensor:
-    """Each router's prediction [T, patch * patch * C] against the target [B, C, H, W]: mean squares, summed over layers.
+    """Each router's prediction [T, patch * patch * C] against the target [B, C, H, W]: mean squares, added up.
 
     Per-layer regularisation of Expert Race, arXiv:2503.16057, figure 12: shallow routers see what the model is for.
     """

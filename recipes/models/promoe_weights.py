@@ -4,13 +4,14 @@
 |---|---|
 | ``blocks.i.mlp.fc1``, ``.fc2`` | ``blocks.i.mlp.up``, ``.down`` |
 | ``blocks.i.mlp.cluster_centers`` | ``blocks.i.mlp.router.prototypes`` |
-| ``blocks.i.mlp.experts.e.up_proj.weight``, ``.down_proj.weight``, e = 0 .. E-1 | row e of ``blocks.i.mlp.experts.w1``, ``.w2`` |
-| ``blocks.i.mlp.experts.e.up_proj.bias``, ``.down_proj.bias`` | row e of ``blocks.i.mlp.experts.w3``, one after the other |
+| ``blocks.i.mlp.experts.e.{up,down}_proj.weight``, e < E | row e of ``blocks.i.mlp.experts.w1``, ``.w2`` |
+| ``blocks.i.mlp.experts.e.{up,down}_proj.bias`` | row e of ``blocks.i.mlp.experts.w3``, one after the other |
 | ``blocks.i.mlp.experts.E.*``, the unconditional expert | ``blocks.i.mlp.local_experts.*`` |
 | ``blocks.i.mlp.shared_expert.up_proj``, ``.down_proj`` | ``blocks.i.mlp.shared.up``, ``.down`` |
 
-All other names are equal, and are those of DiT (arXiv:2212.09748), whose dense checkpoints load too. A released checkpoint
-is a pickled dict with ``model_state_dict`` and ``ema_model_state_dict``; it is read as weights only, so it can run no code.
+All other names are equal, and are those of DiT (arXiv:2212.09748), whose dense checkpoints load too. A released
+checkpoint is a pickled dict with ``model_state_dict`` and ``ema_model_state_dict``; it is read as weights only, so it
+can run no code.
 
     model = load_released("ckpt_step_500000.pth")
     save_released(model.state_dict(), model.config, "back.safetensors")
@@ -60,10 +61,9 @@ def load_released(
     released = read_released(path, weights=weights)
     config = infer_config(released, heads=heads, **overrides)
     state = from_released(released, config)
-    with torch.device("meta"):
-        model = DiT(config)
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+    model = DiT(config)
+    model.load_state_dict(state)
+    return model
 
 
 def save_released(state: Mapping[str, Tensor], config: DiTConfig, path: str | os.PathLike) -> None:
@@ -104,7 +104,7 @@ def read_released(path: str | os.PathLike, *, weights: Literal["ema", "model"] =
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} cannot be read as weights alone (it is damaged, or it would run code): {str(error).splitlines()[0]}"
+            f"{path} cannot be read as weights alone: it is damaged, or would run code: {str(error).splitlines()[0]}"
         ) from error
     if isinstance(content, dict) and KEYS[weights] in content:
         content = content[KEYS[weights]]
@@ -231,8 +231,8 @@ def check_released(released: Mapping[str, Tensor], config: DiTConfig) -> None:
     if problems:
         more = f"; {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ValueError(
-            f"the weights do not fit a model of depth {config.depth}, width {config.dim}, {config.num_experts} routed experts "
-            f"and {config.num_classes} classes: {'; '.join(problems[:NAMED])}{more}"
+            f"the weights do not fit a model of depth {config.depth}, width {config.dim}, {config.num_experts} routed "
+            f"experts and {config.num_classes} classes: {'; '.join(problems[:NAMED])}{more}"
         )
 
 
