@@ -1,20 +1,22 @@
 """From a decision to rows in expert order, over ranks, and back.
 
-    sort assignments by expert -> gather rows -> (all-to-all) -> grouped feed-forward -> (all-to-all) -> sum at each token
+    sort assignments by expert -> gather rows -> (all-to-all) -> grouped feed-forward -> (all-to-all) -> sum at tokens
 
-One ``DispatchPlan`` holds the order, the counts and, with expert parallelism, who gets what. It knows nothing of routers or
-experts. Memory beyond inputs, weights and expert activations: the gathered rows once each way, and only where they travel.
+One ``DispatchPlan`` holds the order, the counts and, with expert parallelism, who gets what. It knows nothing of
+routers or experts. Memory beyond inputs, weights and expert activations: the gathered rows once each way, and only
+where they travel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.permute import sort_by_expert
+from ..kernels.permute import permute, sort_by_expert
 from ..kernels.segment import segment_sum
 from .parallel import Exchange, ExpertParallel, exchange_counts
 
@@ -56,9 +58,8 @@ class DispatchPlan:
         # assignments to nobody sort to the end, as an expert more
         order, counts_E, _ = sort_by_expert(torch.where(expert < 0, num_experts, expert), num_experts + 1)
         counts_E = counts_E[:num_experts]
-        if not expert.is_cuda and not torch.compiler.is_compiling():
-            # on a GPU they stay there unread, since cutting them off would wait for the device
-            order = order[: int(counts_E.sum())]
+        # a kernel takes exactly the rows that its counts say; on a GPU this waits for the device
+        order = order[: int(counts_E.sum())]
         return cls(
             num_rows=num_rows,
             source=source[order],
@@ -67,7 +68,9 @@ class DispatchPlan:
             parallel=parallel,
         )
 
-    def run(self, x_RD: Tensor, bank: Callable[..., Tensor], while_travelling: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, x_RD: Tensor, bank: Callable[..., Tensor], while_travelling: Callable[[], Any] = lambda: None
+    ) -> tuple[Tensor, Any]:
         """Computes every assignment.
 
         Args:
@@ -76,7 +79,8 @@ class DispatchPlan:
             while_travelling: work that needs no other rank's rows; it runs while they are on their way.
 
         Returns:
-            [R, D], each row the weighted sum of its assignments (0 where it has none), and what ``while_travelling`` returned.
+            [R, D], each row the weighted sum of its assignments (0 where it has none), and what ``while_travelling``
+            returned.
         """
         if self.parallel.size == 1:
             meanwhile = while_travelling()
@@ -87,23 +91,28 @@ class DispatchPlan:
         ranks = self.parallel.size
         send_RE = self.counts_E.view(ranks, -1)
         receive_RE = exchange_counts(send_RE, self.parallel)
-        # the layer's only wait for the device: the collective needs its split sizes on the host
+        # the collective needs its split sizes on the host
         send, receive = torch.stack([send_RE.sum(1), receive_RE.sum(1)]).tolist()
-        source, weight = self.source[: sum(send)], self.weight
-        weight = x_RD.new_ones(len(source), dtype=torch.float32) if weight is None else weight[: sum(send)]
+        weight = self.weight
+        if weight is None:
+            weight = x_RD.new_ones(len(self.source), dtype=torch.float32)
 
         there = Exchange(self.parallel, send, receive)
-        rows_MD, weight_M = there.start(x_RD[source], weight)
+        rows_MD, weight_M = there.start(permute(x_RD, self.source), weight)
         meanwhile = while_travelling()
         there.finish()
 
         # rows arrive by rank, then by expert; the bank gathers them by expert and sums each at its place of arrival
         local = receive_RE.shape[1]
-        arrived = torch.arange(local, device=source.device).repeat(ranks).repeat_interleave(receive_RE.flatten(), output_size=sum(receive))
+        arrived = (
+            torch.arange(local, device=x_RD.device)
+            .repeat(ranks)
+            .repeat_interleave(receive_RE.flatten(), output_size=sum(receive))
+        )
         order, counts_E, _ = sort_by_expert(arrived, local)
         out_MD = bank(rows_MD, counts_E, token=order, weight=weight_M[order], combine=True)
 
         back = there.reversed()
         (out_ND,) = back.start(out_MD)
         back.finish()
-        return segment_sum(out_ND, source, self.num_rows), meanwhile
+        return segment_sum(out_ND, self.source, self.num_rows), meanwhile

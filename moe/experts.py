@@ -5,7 +5,9 @@
 
 A bank holds exactly three 3-D parameters, in the names and the layout that DeepSpeed's engine and checkpoints want:
 
-    w1 [E, H, D]  ([E, 2H, D] gated, gate rows first)    w2 [E, D, H]    w3 [E, 1, H + D] ([E, 1, 2H + D] gated): b_in, then b_out
+    w1 [E, H, D]          [E, 2H, D] gated, gate rows first
+    w2 [E, D, H]
+    w3 [E, 1, H + D]      [E, 1, 2H + D] gated: b_in, then b_out
 
 Without biases w3 is a [E, 1, 1] that nothing reads.
 """
@@ -62,18 +64,20 @@ class ExpertSpec:
 
     def draw(self, *key: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """w_in and w_out of the expert that ``key`` names: the same on every rank, whatever else was drawn before."""
-        generator = torch.Generator().manual_seed(_seed(*key))
-        weights = []
-        for rows, columns in ((self.rows_in, self.dim), (self.dim, self.hidden)):
-            weight = torch.empty(rows, columns)
-            if self.init_std is not None:
-                weight.normal_(0, self.init_std, generator=generator)
-            else:
-                # each half of a gated w_in is a linear layer of its own
-                bound = math.sqrt(6 / (columns + (self.hidden if rows == self.rows_in else rows)))
-                weight.uniform_(-bound, bound, generator=generator)
-            weights.append(weight.to(device=device, dtype=dtype))
-        return weights[0], weights[1]
+        generator = torch.Generator("cpu").manual_seed(_seed(*key))
+        shapes = ((self.rows_in, self.dim), (self.dim, self.hidden))
+        # always float32 on the CPU, so that neither a default dtype nor a default device changes the draw
+        weights = [torch.empty(*shape, dtype=torch.float32, device="cpu") for shape in shapes]
+        w_in, w_out = (self.fill(weight, generator).to(device=device, dtype=dtype) for weight in weights)
+        return w_in, w_out
+
+    def fill(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draws a weight of this expert, in place: N(0, init_std^2), or Xavier-uniform."""
+        if self.init_std is not None:
+            return weight.normal_(0, self.init_std, generator=generator)
+        # each half of a gated w_in is a linear layer of its own, so the bound is the same for all
+        bound = math.sqrt(6 / (self.dim + self.hidden))
+        return weight.uniform_(-bound, bound, generator=generator)
 
 
 def _seed(*key: int) -> int:
@@ -169,11 +173,21 @@ class FeedForward(nn.Module):
     Called as ``feed_forward(x)``; a ``MoELayer`` calls its shared one as ``shared(x, context)``, x [B, L, D].
     """
 
-    def __init__(self, spec: ExpertSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, spec: ExpertSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.up = nn.Linear(spec.dim, spec.rows_in, bias=spec.bias, device=device, dtype=dtype)
         self.down = nn.Linear(spec.hidden, spec.dim, bias=spec.bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for linear in (self.up, self.down):
+            self.spec.fill(linear.weight)
+            if linear.bias is not None:
+                linear.bias.zero_()
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         return self.down(activate(self.up(x), self.spec.activation))

@@ -2,20 +2,25 @@
 
     y_t = shared(x_t) + sum over the routing's assignments (t, e, w) of  w * expert_e(x_t)
 
-``expert_e`` by kind: "routed" a feed-forward of the bank, sharded over expert-parallel ranks; "local" a feed-forward that every
-rank holds; "zero" 0; "copy" x_t; "constant" a learned vector. The layer knows no router's class: it reads the ``Routing``.
+``expert_e`` by kind: "routed" a feed-forward of the bank, sharded over expert-parallel ranks; "local" a feed-forward
+that every rank holds; "zero" 0; "copy" x_t; "constant" a learned vector. The layer knows no router's class: it reads
+the ``Routing``.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..routers.base import REDUCTIONS, Router, Routing, TokenContext
+from ..kernels.segment import segment_sum
+from ..routers.base import EXPERT_KINDS, REDUCTIONS, Router, Routing, TokenContext, router_dtype
 from .dispatch import DispatchPlan
 from .experts import ExpertSpec, GroupedExperts
 from .parallel import ExpertParallel
@@ -29,7 +34,7 @@ def is_recomputing() -> bool:
 
 
 class MoELayerCode:
-    """What a MoE layer is, without a constructor of its own, so that a host's layer class can inherit it beside the host's."""
+    """What a MoE layer is, without a constructor of its own: a host's layer class inherits it beside the host's."""
 
     router: Router
     experts: GroupedExperts
@@ -48,29 +53,45 @@ class MoELayerCode:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        width = getattr(router, "options", {}).get("dim")
+        if width not in (None, spec.dim):
+            raise ValueError(f"the router was made for tokens of width dim={width}, the experts for dim={spec.dim}")
         self.spec, self.parallel, self.layer, self.backend = spec, parallel or ExpertParallel(), layer, backend
         self.router, self.shared = router, shared
-        ids = {kind: [i for i, k in enumerate(router.expert_kinds) if k == kind] for kind in ("routed", "local", "copy", "constant")}
-        mine = self.parallel.local_experts(len(ids["routed"]))
+        self._ids = {kind: [i for i, k in enumerate(router.expert_kinds) if k == kind] for kind in EXPERT_KINDS}
+        self._runs = {kind: _runs(ids) for kind, ids in self._ids.items()}
+        mine = self.parallel.local_experts(len(self._ids["routed"]))
         factory = {"seed": seed, "layer": layer, "device": device, "dtype": dtype}
-        self.experts = GroupedExperts(spec, [ids["routed"][i] for i in mine], **factory)
-        self.local_experts = GroupedExperts(spec, ids["local"], **factory) if ids["local"] else None
-        self.constants = nn.Parameter(torch.zeros(len(ids["constant"]), spec.dim, device=device, dtype=dtype)) if ids["constant"] else None
-        for parameter in self.experts.parameters():
-            parameter.allreduce = self.parallel.size == 1
-        # place[kind][id] is the id's row among its kind, -1 elsewhere; only mixed banks need it
-        self._ids = ids
-        self._mixed = len(set(router.expert_kinds)) > 1
-        if self._mixed:
-            for kind, members in ids.items():
-                place = torch.full((router.bank_size + 1,), -1)
-                place[torch.tensor(members, dtype=torch.int64)] = torch.arange(len(members))
-                self.register_buffer(f"_place_{kind}", place.to(device) if device != "meta" else place, persistent=False)
+        self.experts = GroupedExperts(spec, [self._ids["routed"][i] for i in mine], **factory)
+        self.local_experts = self.constants = None
+        if self._ids["local"]:
+            self.local_experts = GroupedExperts(spec, self._ids["local"], **factory)
+        if self._ids["constant"]:
+            self.constants = nn.Parameter(torch.zeros(len(self._ids["constant"]), spec.dim, device=device, dtype=dtype))
+        self._tag_expert_parameters()
         self._accumulated: dict[str, tuple[Tensor, int]] = {}
         self._forwards = 0
 
+    def _tag_expert_parameters(self) -> None:
+        for parameter in self.experts.parameters():
+            parameter.allreduce = self.parallel.size == 1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayerCode:
+        # leaving the meta device makes new parameters, which do not carry the tag
+        super()._apply(fn, recurse)
+        self._tag_expert_parameters()
+        return self
+
+    def __deepcopy__(self, memo: dict) -> MoELayerCode:
+        # a copied parameter does not carry the tag either
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._tag_expert_parameters()
+        return twin
+
     def forward(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
-        """x [B, L, D] or [T, D] -> y of the same shape, and the decision.
+        """x [B, L, D] or [T, D] -> y of the same shape, 0 at padded tokens, and the decision.
 
         Args:
             context: what the router may know besides; built from x where it is not given.
@@ -80,102 +101,99 @@ class MoELayerCode:
             RuntimeError: reentrant activation checkpointing.
         """
         context = TokenContext.for_tokens(x) if context is None else context
-        if x.shape[-1] != self.spec.dim or x.numel() != context.num_tokens * self.spec.dim:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}: expected [{context.batch_size}, {context.length}, {self.spec.dim}] "
-                f"or [{context.num_tokens}, {self.spec.dim}], from the context and the experts' width"
-            )
+        shapes = [[context.batch_size, context.length, self.spec.dim], [context.num_tokens, self.spec.dim]]
+        if list(x.shape) not in shapes:
+            expected = f"{shapes[0]} or {shapes[1]}, from the context and the experts' width"
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}")
         context = context if context.layer == self.layer else context.replace(layer=self.layer)
         x_TD = x.reshape(-1, self.spec.dim)
+        if context.real_T is not None:
+            # padding may hold anything, and 0 * NaN in a backward would reach every parameter
+            padded_T1 = ~context.real_T[:, None]
+            x_TD = x_TD.masked_fill(padded_T1, 0)
         routing = self.router(x_TD, context)
         if routing.num_tokens != context.num_tokens or routing.bank_size != self.router.bank_size:
             raise ValueError(
-                f'router "{type(self.router).__name__}" returned a routing of {routing.num_tokens} tokens over {routing.bank_size} experts: '
-                f"expected {context.num_tokens} over {self.router.bank_size}"
+                f'router "{type(self.router).__name__}" returned a routing of {routing.num_tokens} tokens over '
+                f"{routing.bank_size} experts: expected {context.num_tokens} over {self.router.bank_size}"
             )
         self._record(routing)
-        y_TD = self._combine(x_TD, x, routing, context)
-        if context.padding_mask is not None:
-            y_TD = y_TD * context.real_T[:, None]
-        return y_TD.view(x.shape), routing
+        y_TD = self._combine(x_TD, routing, context)
+        if context.real_T is not None:
+            y_TD = y_TD.masked_fill(padded_T1, 0)
+        return y_TD.reshape(x.shape), routing
 
-    def _combine(self, x_TD: Tensor, x: Tensor, routing: Routing, context: TokenContext) -> Tensor:
-        def always() -> Tensor | None:
-            """What needs no other rank: the shared feed-forward, local experts, experts without computation."""
-            x_BLD = x_TD.view(context.batch_size, context.length, -1)
-            parts = [] if self.shared is None else [self.shared(x_BLD, context).view_as(x_TD)]
-            if self._mixed:
-                parts += self._beside_the_bank(x_TD, routing)
-            return _sum(parts)
+    def _combine(self, x_TD: Tensor, routing: Routing, context: TokenContext) -> Tensor:
+        x_BLD = x_TD.view(context.batch_size, context.length, self.spec.dim)
+
+        def shared() -> Tensor | None:
+            return None if self.shared is None else self.shared(x_BLD, context).reshape(x_TD.shape)
 
         if routing.dispatch is not None:
-            return self._soft_slots(x_TD, routing, context, always)
-        source, expert, weight = _assignments(routing)
-        if routing.rows is not None:
-            inputs_RD, source = routing.rows, torch.arange(len(routing.rows), device=x_TD.device)
+            slots_BSD = torch.einsum("bls,bld->bsd", routing.dispatch.to(x_TD.dtype), x_BLD)
+            slot = torch.arange(slots_BSD.shape[0] * slots_BSD.shape[1], device=x_TD.device)
+            expert = slot % slots_BSD.shape[1] * self.router.bank_size // slots_BSD.shape[1]
+            out, shared_TD = self._run_experts(slots_BSD.flatten(0, 1), slot, expert, None, shared)
+            out_BSD = out.view(slots_BSD.shape)
+            y_TD = torch.einsum("bls,bsd->bld", routing.combine.to(out.dtype), out_BSD).reshape(x_TD.shape)
+        elif routing.rows is not None:
+            token, expert, weight = routing.as_list()
+            row = torch.arange(len(token), device=x_TD.device)
+            out, shared_TD = self._run_experts(routing.rows.to(x_TD.dtype), row, expert, weight, shared)
+            y_TD = segment_sum(out, token, len(x_TD))
         else:
-            inputs_RD = x_TD
-        plan = DispatchPlan.build(
-            num_rows=len(inputs_RD),
-            source=source,
-            expert=self._among(expert, "routed"),
-            weight=weight,
-            num_experts=len(self._ids["routed"]),
-            parallel=self.parallel,
-        )
-        routed_RD, beside_TD = plan.run(inputs_RD, self._bank, always)
-        if routing.rows is not None:
-            routed_RD = routed_RD.new_zeros(x_TD.shape).index_add(0, routing.as_list()[0], routed_RD)
-        return routed_RD if beside_TD is None else routed_RD + beside_TD
+            y_TD, shared_TD = self._run_experts(x_TD, *_assignments(routing), shared)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
-    def _bank(self, x: Tensor, counts_E: Tensor, **how: Any) -> Tensor:
-        return self.experts(x, counts_E, backend=self.backend, **how)
+    def _run_experts(
+        self, x_RD: Tensor, source: Tensor, expert: Tensor, weight: Tensor | None, shared: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Every assignment of a row to an expert of any kind, summed at the row; and what ``shared`` returned."""
 
-    def _among(self, expert: Tensor, kind: str) -> Tensor:
-        """Ids among those of one kind; -1 for every other, and for no assignment."""
-        return getattr(self, f"_place_{kind}")[expert] if self._mixed else expert
-
-    def _beside_the_bank(self, x_TD: Tensor, routing: Routing) -> list[Tensor]:
-        token, expert, weight = _assignments(routing)
-        parts = []
-        if self.local_experts is not None:
-            plan = DispatchPlan.build(
-                num_rows=len(x_TD),
-                source=token,
-                expert=self._among(expert, "local"),
+        def plan(kind: str, parallel: ExpertParallel) -> DispatchPlan:
+            return DispatchPlan.build(
+                num_rows=len(x_RD),
+                source=source,
+                expert=self._place(expert, kind),
                 weight=weight,
-                num_experts=len(self._ids["local"]),
-                parallel=ExpertParallel(),
+                num_experts=len(self._ids[kind]),
+                parallel=parallel,
             )
-            parts.append(
-                self.local_experts(x_TD, plan.counts_E, token=plan.source, weight=plan.weight, combine=True, backend=self.backend)
-            )
-        for kind, vectors in (("copy", None), ("constant", self.constants)):
-            if self._ids[kind]:
-                place = self._among(expert, kind)
-                count = len(self._ids[kind])
-                cell = torch.where(place < 0, 0, token * count + place)
-                weight_TC = weight.new_zeros(len(x_TD) * count).index_add(0, cell, weight * (place >= 0)).view(-1, count)
-                parts.append((weight_TC.sum(1, keepdim=True) * x_TD if vectors is None else weight_TC @ vectors.to(weight.dtype)).to(x_TD.dtype))
-        return parts
 
-    def _soft_slots(self, x_TD: Tensor, routing: Routing, context: TokenContext, always) -> Tensor:
-        """Each slot is a mixture of the sample's tokens; each token takes a mixture of the slots' outputs."""
-        x_BLD = x_TD.view(context.batch_size, context.length, -1)
-        slots_BSD = torch.einsum("bls,bld->bsd", routing.dispatch.to(x_TD.dtype), x_BLD)
-        batch, num_slots, _ = slots_BSD.shape
-        rows = torch.arange(batch * num_slots, device=x_TD.device)
-        plan = DispatchPlan.build(
-            num_rows=batch * num_slots,
-            source=rows,
-            expert=self._among(rows % num_slots * self.router.bank_size // num_slots, "routed"),
-            weight=None,
-            num_experts=len(self._ids["routed"]),
-            parallel=self.parallel,
-        )
-        out_RD, beside_TD = plan.run(slots_BSD.reshape(-1, slots_BSD.shape[-1]), self._bank, always)
-        y_TD = torch.einsum("bls,bsd->bld", routing.combine.to(out_RD.dtype), out_RD.view(batch, num_slots, -1)).reshape(x_TD.shape)
-        return y_TD if beside_TD is None else y_TD + beside_TD
+        def here() -> tuple[Tensor | None, list[Tensor]]:
+            """What needs no other rank's rows, so that it runs while they travel."""
+            parts = []
+            if self.local_experts is not None:
+                bank = partial(self.local_experts, backend=self.backend)
+                parts.append(plan("local", ExpertParallel()).run(x_RD, bank)[0])
+            for kind in ("copy", "constant"):
+                if self._ids[kind]:
+                    parts.append(self._without_computation(kind, x_RD, source, expert, weight))
+            return shared(), parts
+
+        bank = partial(self.experts, backend=self.backend)
+        out_RD, (shared_TD, parts) = plan("routed", self.parallel).run(x_RD, bank, here)
+        return sum(parts, out_RD), shared_TD
+
+    def _place(self, expert: Tensor, kind: str) -> Tensor:
+        """Each id's place among those of its kind; -1 for every other, and for no assignment."""
+        if len(self._ids[kind]) == self.router.bank_size:
+            return expert
+        place, count = torch.full_like(expert, -1), 0
+        for first, last in self._runs[kind]:
+            place = torch.where((first <= expert) & (expert <= last), expert - first + count, place)
+            count += last - first + 1
+        return place
+
+    def _without_computation(self, kind: str, x_RD, source, expert, weight) -> Tensor:
+        """What "copy" and "constant" experts add to each row."""
+        place, count = self._place(expert, kind), len(self._ids[kind])
+        weight = torch.ones_like(source, dtype=router_dtype(x_RD)) if weight is None else weight
+        cell = torch.where(place < 0, 0, source * count + place)
+        weight_RC = weight.new_zeros(len(x_RD) * count).index_add(0, cell, weight * (place >= 0)).view(-1, count)
+        if kind == "copy":
+            return (weight_RC.sum(1, keepdim=True) * x_RD).to(x_RD.dtype)
+        return (weight_RC @ self.constants.to(weight.dtype)).to(x_RD.dtype)
 
     @torch.compiler.disable
     def _record(self, routing: Routing) -> None:
@@ -185,8 +203,8 @@ class MoELayerCode:
         if is_recomputing():
             if self._forwards == 0:
                 raise RuntimeError(
-                    "this layer runs under reentrant activation checkpointing, which cuts the gradient of every auxiliary loss: "
-                    "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                    "this layer runs under reentrant activation checkpointing, which cuts the gradient of every "
+                    "auxiliary loss: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
                 )
             return
         self._forwards += 1
@@ -194,8 +212,9 @@ class MoELayerCode:
             return
         if self._forwards == UNREAD_STEPS:
             warnings.warn(
-                f'router "{self.router.name}" of layer {self.layer} has state that moves with training, and {UNREAD_STEPS} training '
-                "forwards passed without finish_step(model): call it after every optimizer step that was applied",
+                f'router "{self.router.name}" of layer {self.layer} has state that moves with training, and '
+                f"{UNREAD_STEPS} training forwards passed without finish_step(model): call it after every optimizer "
+                "step that was applied",
                 stacklevel=3,
             )
         for name, value in routing.stats.items():
@@ -232,20 +251,25 @@ class MoELayer(MoELayerCode, nn.Module):
         self.build(router, spec, **options)
 
 
+def _runs(ids: list[int]) -> list[tuple[int, int]]:
+    """Rising ids as (first, last) of each stretch without a gap."""
+    runs = []
+    for i in ids:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1] = (runs[-1][0], i)
+        else:
+            runs.append((i, i))
+    return runs
+
+
 def _assignments(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """token, expert, weight of every slot, unsorted slots of -1 included, so that their number needs no look at the data."""
+    """token, expert, weight of every slot, those of -1 included, so that their number needs no look at the data."""
     if routing.index is None:
-        return routing.token, routing.expert, routing.weight
+        return routing.as_list()
     slots = routing.index.shape[1]
-    token = torch.arange(routing.num_tokens, device=routing.index.device).repeat_interleave(slots, output_size=routing.num_tokens * slots)
+    size = routing.num_tokens * slots
+    token = torch.arange(routing.num_tokens, device=routing.index.device).repeat_interleave(slots, output_size=size)
     return token, routing.index.flatten(), routing.weight.flatten()
-
-
-def _sum(parts: list[Tensor]) -> Tensor | None:
-    total = None
-    for part in parts:
-        total = part if total is None else total + part
-    return total
 
 
 def moe_layers(model: nn.Module) -> list[MoELayerCode]:
@@ -277,9 +301,14 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             dist.all_reduce(flat, op=dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=group)
             dist.all_reduce(counts, group=group)
-        for (layer, name, value, _), part, count in zip(chosen, flat.split([v.numel() for _, _, v, _ in chosen]), counts, strict=True):
-            part = part / count if how == "mean" else part
-            reduced[id(layer), name] = part.view(value.shape).to(value.dtype)
+        for (layer, name, value, _), part, count in zip(
+            chosen, flat.split([v.numel() for _, _, v, _ in chosen]), counts, strict=True
+        ):
+            if how == "mean":
+                part = part / count
+            # the mean of integers is none
+            dtype = value.dtype if value.is_floating_point() or how != "mean" else torch.float32
+            reduced[id(layer), name] = part.view(value.shape).to(dtype)
     for layer in layers:
         layer.router.update({name: reduced[id(layer), name] for name in layer._accumulated})
     for layer in moe_layers(model):
@@ -290,5 +319,6 @@ def finish_step(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
 def _reduction(router: Router, name: str) -> str:
     how = router.reductions.get(name)
     if how not in REDUCTIONS:
-        raise ValueError(f'{type(router).__name__}.reductions["{name}"]={how!r}: choose one of {REDUCTIONS} for every entry of Routing.stats')
+        given = f'{type(router).__name__}.reductions["{name}"]={how!r}'
+        raise ValueError(f"{given}: choose one of {REDUCTIONS} for every entry of Routing.stats")
     return how

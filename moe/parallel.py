@@ -1,7 +1,7 @@
 """Expert parallelism: which rank holds which expert, and how tokens travel between ranks.
 
-Expert e of E lives on rank ``e // (E / size)`` of its expert-parallel group: contiguous blocks. World ranks 0..size-1 form the
-first group, the next ``size`` ranks the second; ranks that hold the same experts form an expert-data group.
+Expert e of E lives on rank ``e // (E / size)`` of its expert-parallel group: contiguous blocks. World ranks 0..size-1
+form the first group, the next ``size`` ranks the second; ranks that hold the same experts form an expert-data group.
 
     gradient of a replicated parameter  = sum over the world / world
     gradient of an expert parameter     = sum over its expert-data group / world
@@ -36,6 +36,10 @@ class ExpertParallel:
     group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: dict) -> ExpertParallel:
+        # a process group cannot be copied, and a copied model lives on the same ranks
+        return self
+
     @classmethod
     def create(cls, size: int) -> ExpertParallel:
         """Builds the groups. Collective: every rank calls it, with the same size.
@@ -66,8 +70,8 @@ class ExpertParallel:
         if num_experts % self.size:
             allowed = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
             raise ValueError(
-                f"{num_experts} routed experts do not divide over expert parallelism {self.size}: choose one of {allowed}, "
-                "or another number of experts"
+                f"{num_experts} routed experts do not divide over expert parallelism {self.size}: choose one of "
+                f"{allowed}, or another number of experts"
             )
         share = num_experts // self.size
         return range(self.rank * share, (self.rank + 1) * share)
@@ -76,7 +80,9 @@ class ExpertParallel:
 def check_divides_world(size: int, world: int) -> None:
     if size < 1 or world % size:
         allowed = [s for s in range(1, world + 1) if world % s == 0]
-        raise ValueError(f"expert parallelism {size} does not divide {world} rank{'s' * (world > 1)}: choose one of {allowed}")
+        raise ValueError(
+            f"expert parallelism {size} does not divide {world} rank{'s' * (world > 1)}: choose one of {allowed}"
+        )
 
 
 def exchange_counts(send_RE: Tensor, parallel: ExpertParallel) -> Tensor:
@@ -100,7 +106,8 @@ class Exchange:
 
     def start(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Sends every tensor [sum(send), ...]; the results [sum(receive), ...] may be read after ``finish``."""
-        # Whatever one rank's inputs require, every rank must take part in the backward exchange, or the others would wait for ever.
+        # Whatever one rank's inputs require, every rank must take part in the backward exchange, or the others would
+        # wait for ever.
         anchor = rows[0].new_zeros((), requires_grad=torch.is_grad_enabled())
         return _AllToAll.apply(self, anchor, *rows)
 
@@ -117,14 +124,18 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange: Exchange, anchor: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        received, works = zip(*(_exchange(r, exchange.send, exchange.receive, exchange.parallel) for r in rows), strict=True)
+        received, works = zip(
+            *(_exchange(r, exchange.send, exchange.receive, exchange.parallel) for r in rows), strict=True
+        )
         exchange._pending.extend(works)
         return received
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         exchange = ctx.exchange
-        results, works = zip(*(_exchange(g, exchange.receive, exchange.send, exchange.parallel) for g in grads), strict=True)
+        results, works = zip(
+            *(_exchange(g, exchange.receive, exchange.send, exchange.parallel) for g in grads), strict=True
+        )
         for work in works:
             work.wait()
         return None, None, *results
@@ -158,10 +169,12 @@ def sync_gradients(model: nn.Module, parallel: ExpertParallel) -> None:
             dist.all_reduce(parameter.grad, group=parallel.data_group)
 
 
-def grad_norm(parameters: Iterable[nn.Parameter], parallel: ExpertParallel, grads: Iterable[Tensor | None] | None = None) -> Tensor:
+def grad_norm(
+    parameters: Iterable[nn.Parameter], parallel: ExpertParallel, grads: Iterable[Tensor | None] | None = None
+) -> Tensor:
     """The 2-norm of the whole model's gradient, the experts of other ranks included. Collective where size > 1.
 
-        sqrt( sum of squares of replicated gradients + sum over the expert-parallel group of squares of expert gradients )
+        sqrt( sum of squares of replicated gradients + that of expert gradients, summed over the expert-parallel group )
 
     Args:
         grads: the gradients, where they are not in ``parameter.grad``.
@@ -169,10 +182,13 @@ def grad_norm(parameters: Iterable[nn.Parameter], parallel: ExpertParallel, grad
     parameters = list(parameters)
     grads = [p.grad for p in parameters] if grads is None else list(grads)
     device = parameters[0].device
-    replicated, expert = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.float64, device=device)
+    replicated, expert = (
+        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros((), dtype=torch.float64, device=device),
+    )
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None:
-            square = grad.detach().double().square().sum() if grad.dtype == torch.float64 else torch.linalg.vector_norm(grad.detach(), dtype=torch.float32).double().square()
+            square = torch.linalg.vector_norm(grad.detach(), dtype=torch.float64).square()
             if is_expert_parameter(parameter) and parallel.size > 1:
                 expert += square
             else:
@@ -183,7 +199,8 @@ def grad_norm(parameters: Iterable[nn.Parameter], parallel: ExpertParallel, grad
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, parallel: ExpertParallel) -> Tensor:
-    """Scales the gradients so that the whole model's norm is at most ``max_norm``; returns the norm before. Collective."""
+    """Scales the gradients so that the whole model's norm is at most ``max_norm``; returns the norm before. Collective
+    where size > 1."""
     if not (max_norm > 0 and math.isfinite(max_norm)):
         raise ValueError(f"max_norm={max_norm}: choose a positive number")
     parameters = list(parameters)

@@ -1,6 +1,7 @@
 """Routing strategies, one a file. ``base.py`` holds the contract, ``losses.py`` the auxiliary losses.
 
-A file put here is found by itself; another package registers its routers through the entry-point group ``gatewright.routers``.
+A file put here is found by itself; another package registers its routers through the entry-point group
+``gatewright.routers``.
 """
 
 from .base import (

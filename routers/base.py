@@ -3,7 +3,8 @@
     routing = router(x_TD, context)
 
 A ``Router`` sees tokens ``x [T, D]`` and a ``TokenContext``; it returns a ``Routing``: which experts each token goes to
-and with which weight, the auxiliary losses, and statistics. It never sees the experts, and the layer never looks at its class.
+and with which weight, the auxiliary losses, and statistics. It never sees the experts, and the layer never looks at
+its class.
 
 Shape letters, here and in every router: B samples, L tokens a sample, T = B * L tokens (row-major), D width,
 E expert ids, K slots a token, N assignments.
@@ -18,6 +19,7 @@ import importlib.metadata
 import inspect
 import math
 import pkgutil
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -40,7 +42,7 @@ class Attention(Protocol):
     """The attention before the layer, as a router may use it."""
 
     def apply(self, values: Tensor) -> Tensor:
-        """Applies the attention weights of every head to values [B, L, C] -> [B, heads, L, C], without an L x L matrix."""
+        """Applies the weights of every head to values [B, L, C] -> [B, heads, L, C], without an L x L matrix."""
 
     def head_contributions(self) -> Tensor:
         """What each head added to the token: [B, heads, L, D]; their sum is the attention's output."""
@@ -91,14 +93,27 @@ class TokenContext:
     def __post_init__(self) -> None:
         if self.batch_size < 0 or self.length < 0:
             raise ValueError(f"batch_size={self.batch_size}, length={self.length}: both must be at least 0")
-        expected = {name: (self.batch_size, self.length) for name in ("padding_mask", "token_ids", "position", "document", "modality")}
-        expected |= {name: (self.batch_size,) for name in ("null_mask", "timestep", "sample_id")}
-        for name, shape in expected.items():
+        masks, ids = ("padding_mask", "null_mask"), ("token_ids", "position", "document", "modality", "sample_id")
+        for name in (*masks, *ids, "timestep"):
             value = getattr(self, name)
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"context.{name} has shape {tuple(value.shape)}: expected {shape}, from batch_size and length")
+            if value is None:
+                continue
+            per_sample = name in ("null_mask", "timestep", "sample_id")
+            shape = (self.batch_size,) if per_sample else (self.batch_size, self.length)
+            if tuple(value.shape) != shape:
+                given = f"context.{name} has shape {tuple(value.shape)}"
+                raise ValueError(f"{given}: expected {shape}, from batch_size and length")
+            if name in masks and value.dtype != torch.bool:
+                # ~mask of an integer mask is -1 and -2, all of them true
+                raise ValueError(f"context.{name} is {value.dtype}: expected torch.bool, give {name}.bool()")
+            if name in ids and (value.is_floating_point() or value.dtype == torch.bool):
+                raise ValueError(f"context.{name} is {value.dtype}: expected integers")
         if self.grid is not None and math.prod(self.grid) != self.length:
-            raise ValueError(f"context.grid={self.grid} has {math.prod(self.grid)} cells: expected length={self.length}")
+            cells = f"context.grid={self.grid} has {math.prod(self.grid)} cells"
+            raise ValueError(f"{cells}: expected length={self.length}")
+        if self.previous_logits is not None and self.previous_logits.shape[:-1] != (self.num_tokens,):
+            given = f"context.previous_logits has shape {tuple(self.previous_logits.shape)}"
+            raise ValueError(f"{given}: expected [{self.num_tokens}, E], from batch_size and length")
 
     @classmethod
     def for_tokens(cls, x: Tensor, **fields: Any) -> TokenContext:
@@ -121,7 +136,9 @@ class TokenContext:
     @property
     def null_T(self) -> Tensor | None:
         """[T] bool, True = a token of an unconditional sample; None without a null mask."""
-        return None if self.null_mask is None else self.null_mask.repeat_interleave(self.length, output_size=self.num_tokens)
+        if self.null_mask is None:
+            return None
+        return self.null_mask.repeat_interleave(self.length, output_size=self.num_tokens)
 
     def has(self, field: str) -> bool:
         """Whether the field is there; ``"noise"`` stands for its whole key."""
@@ -129,8 +146,8 @@ class TokenContext:
         return all(getattr(self, name) is not None for name in names)
 
     def noise(self, *shape: int, distribution: str = "normal", stream: int = 0) -> Tensor:
-        """Random numbers that depend on (seed, step, sample id, layer, stream) and on the place inside the sample, so that
-        every rank layout, every micro-batching and every recomputation draws the same.
+        """Random numbers that depend on (seed, step, sample id, layer, stream) and on the place inside the sample, so
+        that every rank layout, every micro-batching and every recomputation draws the same.
 
         Args:
             shape: [T, ...] or [B, ...]: the first dimension counts tokens or samples.
@@ -141,17 +158,20 @@ class TokenContext:
             float32, shape as asked, on the device of ``sample_id``.
         """
         if not self.has("noise"):
-            raise ValueError("context.noise needs seed, step and sample_id: whoever builds the TokenContext supplies them")
+            raise ValueError(
+                "context.noise needs seed, step and sample_id: whoever builds the TokenContext supplies them"
+            )
         if shape[0] not in (self.num_tokens, self.batch_size):
-            raise ValueError(f"noise of shape {shape}: the first dimension must be {self.num_tokens} tokens or {self.batch_size} samples")
+            first = f"{self.num_tokens} tokens or {self.batch_size} samples"
+            raise ValueError(f"noise of shape {shape}: the first dimension must be {first}")
         if distribution not in ("normal", "uniform"):
             raise ValueError(f'distribution="{distribution}": choose "normal" or "uniform"')
-        key_B = _mix(self.sample_id + _constant(self.seed, self.step, self.layer, stream))
-        per_sample = math.prod(shape) // self.batch_size
+        key_B = _mix(self.sample_id.long() + _constant(self.seed, self.step, self.layer, stream))
+        per_sample = math.prod(shape[1:]) * (self.length if shape[0] == self.num_tokens else 1)
         counter = torch.arange(per_sample, device=key_B.device)
         bits = _mix(key_B[:, None] + _mix(counter)[None, :])
-        # 24 bits, centred in their cells: exact in float32 and never 0 or 1
-        uniform = ((bits & 0xFFFFFF).to(torch.float32) + 0.5) / 2**24
+        # 23 bits, centred in their cells: exact in float32, also when doubled, so never 0 or 1
+        uniform = ((bits & 0x7FFFFF).to(torch.float32) + 0.5) / 2**23
         value = uniform if distribution == "uniform" else torch.erfinv(2 * uniform - 1) * math.sqrt(2)
         return value.view(shape)
 
@@ -168,7 +188,7 @@ def _constant(*values: int) -> int:
     """One signed 64-bit number from several."""
     state = 0
     for value in values:
-        state = int(_mix(torch.tensor((state ^ int(value) & (2**63 - 1)))))
+        state = int(_mix(torch.tensor(state ^ (int(value) & (2**63 - 1)), device="cpu")))
     return state
 
 
@@ -184,11 +204,13 @@ class Routing:
     Attributes:
         num_tokens: T.
         bank_size: E, the expert ids addressed.
-        logits, scores: [T, E] with their graph; -inf and 0 where not eligible; each row of scores sums to 1 (telemetry).
+        logits, scores: [T, E] with their graph; -inf and 0 where not eligible; each row of scores sums to 1, for
+            telemetry.
         selected: [T, E] bool, which pairs count as load, where that is not every assignment.
         requested: [T, K] ids before capacity dropped some; None where nothing can be dropped.
         rows: [N, D] expert inputs that replace x[token], in the order of the list.
-        dispatch, combine: [B, L, S] soft slots: slot inputs are dispatch^T x, outputs combine @ slots; expert of slot s is s * E // S.
+        dispatch, combine: [B, L, S] soft slots: slot inputs are dispatch^T x, outputs combine @ slots; the expert of
+            slot s is s * E // S. They stand in place of assignments.
         prediction: what a regulariser of the recipe needs.
         losses: scalars, weighted, with gradient.
         stats: detached tensors of fixed shape; ``Router.reductions`` says how each adds up.
@@ -224,13 +246,28 @@ class Routing:
         if mask.shape != weight.shape or mask.dim() != 2:
             raise ValueError(f"mask {tuple(mask.shape)} and weight {tuple(weight.shape)}: both must be [T, E]")
         token, expert = mask.nonzero(as_tuple=True)
-        return cls(num_tokens=mask.shape[0], bank_size=mask.shape[1], token=token, expert=expert, weight=weight[token, expert], **fields)
+        return cls(
+            num_tokens=mask.shape[0],
+            bank_size=mask.shape[1],
+            token=token,
+            expert=expert,
+            weight=weight[token, expert],
+            **fields,
+        )
 
     def replace(self, **fields: Any) -> Routing:
         return dataclasses.replace(self, **fields)
 
+    def _check_assigned(self) -> None:
+        if self.index is None and (self.token is None or self.expert is None):
+            soft = " (it holds soft slots)" if self.dispatch is not None else ""
+            raise ValueError(
+                f"this routing holds no assignments{soft}: give index and weight, or token, expert and weight"
+            )
+
     def as_list(self) -> tuple[Tensor, Tensor, Tensor]:
         """token [N], expert [N], weight [N]: every assignment, sorted by (token, slot)."""
+        self._check_assigned()
         if self.index is None:
             return self.token, self.expert, self.weight
         token, slot = (self.index >= 0).nonzero(as_tuple=True)
@@ -238,13 +275,16 @@ class Routing:
 
     def as_topk(self) -> tuple[Tensor, Tensor]:
         """index [T, K] and weight [T, K], K the most assignments of any token; -1 and 0 fill up."""
+        self._check_assigned()
         if self.index is not None:
             return self.index, self.weight
         per_token_T = torch.bincount(self.token, minlength=self.num_tokens)
         first_T = per_token_T.cumsum(0) - per_token_T
         slot = torch.arange(len(self.token), device=self.token.device) - first_T[self.token]
         shape = (self.num_tokens, int(per_token_T.max()) if self.num_tokens else 0)
-        index = torch.full(shape, -1, dtype=self.expert.dtype, device=self.expert.device).index_put((self.token, slot), self.expert)
+        index = torch.full(shape, -1, dtype=self.expert.dtype, device=self.expert.device).index_put(
+            (self.token, slot), self.expert
+        )
         return index, self.weight.new_zeros(shape).index_put((self.token, slot), self.weight)
 
     @property
@@ -256,9 +296,10 @@ class Routing:
         return torch.stack([value.reshape(()) for value in self.losses.values()]).sum()
 
     def load_E(self) -> Tensor:
-        """[E] int64: how many tokens count as load of each expert, after capacity; no gradient, no host synchronisation."""
+        """[E] int64: how many tokens count as load of each expert, after capacity. It never waits for the device."""
         if self.selected is not None:
             return self.selected.sum(0)
+        self._check_assigned()
         return count_experts(self.expert if self.index is None else self.index, self.bank_size)
 
     def requested_E(self) -> Tensor:
@@ -267,13 +308,15 @@ class Routing:
 
 
 def count_experts(ids: Tensor, bank_size: int) -> Tensor:
-    """How often each id 0..E-1 occurs: [E] int64; -1 is not counted. Fixed shape, so a GPU need not be waited for."""
+    """How often each id 0..E-1 occurs: [E] int64; -1 is not counted. It never waits for the device."""
     count = torch.zeros(bank_size + 1, dtype=torch.int64, device=ids.device)
-    count.scatter_add_(0, torch.where(ids < 0, bank_size, ids).flatten(), torch.ones_like(ids, dtype=torch.int64).flatten())
+    count.scatter_add_(
+        0, torch.where(ids < 0, bank_size, ids).flatten(), torch.ones_like(ids, dtype=torch.int64).flatten()
+    )
     return count[:bank_size]
 
 
-pytree.register_dataclass(Routing) if hasattr(pytree, "register_dataclass") else torch.export.register_dataclass(Routing)
+pytree.register_dataclass(Routing)
 
 
 class Router(nn.Module):
@@ -319,33 +362,40 @@ class Router(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}: choose at least 1")
-        self.expert_kinds = expert_kinds or ("routed",) * num_experts
+        self.expert_kinds = tuple(expert_kinds or ()) or ("routed",) * num_experts
         unknown = sorted(set(self.expert_kinds) - set(EXPERT_KINDS))
         if unknown or self.expert_kinds.count("routed") != num_experts:
-            raise ValueError(f"expert_kinds={self.expert_kinds}: choose from {EXPERT_KINDS}, {num_experts} of them routed")
+            raise ValueError(
+                f"expert_kinds={self.expert_kinds}: choose from {EXPERT_KINDS}, {num_experts} of them routed"
+            )
         self.num_experts = num_experts
         self.bank_size = len(self.expert_kinds)
 
     def __call__(self, x: Tensor, context: TokenContext | None = None) -> Routing:
         context = TokenContext.for_tokens(x) if context is None else context
         if x.dim() != 2 or x.shape[0] != context.num_tokens:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected [{context.num_tokens}, D], from the context's batch_size and length")
+            expected = f"[{context.num_tokens}, D], from the context's batch_size and length"
+            raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}")
         for field in self.requires:
             if not context.has(field):
+                argument = "seed=..., step=..., sample_id=..." if field == "noise" else f"{field}=..."
                 raise ValueError(
-                    f'router "{self.name or type(self).__name__}" needs context.{field}, which is missing: the model that calls the layer '
-                    f"supplies it, layer(x, TokenContext({'seed=..., step=..., sample_id' if field == 'noise' else field}=...))"
+                    f'router "{self.name or type(self).__name__}" needs context.{field}, which is missing: the model '
+                    f"that calls the layer supplies it, layer(x, TokenContext.for_tokens(x, {argument}))"
                 )
+        if context.real_T is not None:
+            # padding may hold anything, and 0 * NaN in a backward would reach every parameter
+            x = x.masked_fill(~context.real_T[:, None], 0)
         with torch.autocast(x.device.type, enabled=False):
             return super().__call__(x, context)
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
-        """x [T, D] -> the decision. Pure: no attribute, buffer or random state changes."""
+        """x [T, D], 0 at padded tokens -> the decision. Pure: no attribute, buffer or random state changes."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, context) -> Routing")
 
     def update(self, stats: dict[str, Tensor]) -> None:
-        """Moves biases and thresholds by the statistics of one optimizer step, already reduced over micro-batches and ranks.
-        A router without such state leaves it as it is here."""
+        """Moves biases and thresholds by the statistics of one optimizer step, already reduced over micro-batches and
+        ranks. A router without such state leaves it as it is here."""
 
     @property
     def stateful(self) -> bool:
@@ -354,13 +404,16 @@ class Router(nn.Module):
 
     @classmethod
     def example(cls) -> tuple[dict[str, Any], TokenContext]:
-        """Small options and a context: how tests and documentation run it."""
-        return {"dim": 16, "num_experts": 4, "top_k": 2}, TokenContext(batch_size=2, length=8)
+        """Small options and a context, noise included: how tests and documentation run it."""
+        context = TokenContext(batch_size=2, length=8, seed=0, step=0, sample_id=torch.arange(2))
+        return {"dim": 16, "num_experts": 4, "top_k": 2}, context
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves and casts like any module, but keeps state (buffers) in at least float32: a bias that moves by 1e-3 a step
-        would stand still in bfloat16."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
+        """Moves and casts like any module, but keeps state (buffers) in at least float32: a bias that moves by 1e-3 a
+        step would stand still in bfloat16."""
+        before = {
+            name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()
+        }
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             if self._buffers[name].dtype in (torch.bfloat16, torch.float16):
@@ -377,15 +430,24 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
     """Class decorator: makes the router known as ``name``.
 
     Raises:
-        ValueError: the name is taken by another class, or the class states no valid ``evidence``.
+        ValueError: the name is taken by another class, the class states no valid ``evidence``, or its constructor takes
+            more than named, keyword-only options.
     """
 
     def register(cls: type[Router]) -> type[Router]:
         taken = _routers.get(name)
-        if name in _presets or (taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__)):
+        if name in _presets or (
+            taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__)
+        ):
             raise ValueError(f'router name "{name}" is taken by {taken or _presets[name]}: choose another')
         if getattr(cls, "evidence", None) not in EVIDENCE:
             raise ValueError(f"{cls.__name__}.evidence={getattr(cls, 'evidence', None)!r}: choose one of {EVIDENCE}")
+        loose = [p.name for p in _option_parameters(cls) if p.kind is not p.KEYWORD_ONLY]
+        if loose:
+            # *args or **kwargs would swallow misspelt options, and positional ones escape Router.options
+            raise ValueError(
+                f"{cls.__name__}.__init__ takes {', '.join(loose)}: make every option keyword-only, by name"
+            )
         cls.name = name
         _routers[name] = cls
         return cls
@@ -394,7 +456,7 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
 
 
 def register_preset(name: str, router: str, **options: Any) -> None:
-    """Makes ``name`` stand for the router with these options set: a strategy that is another with options, not a file."""
+    """Makes ``name`` stand for the router with these options set, for a strategy that is another one with options."""
     if name in _routers or name in _presets and _presets[name] != (router, options):
         raise ValueError(f'router name "{name}" is taken: choose another')
     _presets[name] = (router, options)
@@ -428,16 +490,20 @@ def create_router(name: str, /, **options: Any) -> Router:
         ValueError: an unknown name or option (the message offers the close matches), a missing one, or a bad value.
     """
     cls, preset = router_class(name)
-    parameters = inspect.signature(cls.__init__).parameters
-    known = [p for p in list(parameters)[1:]]
+    parameters = _option_parameters(cls)
+    known = [parameter.name for parameter in parameters]
     for option in options:
         if option not in known:
             raise ValueError(f'router "{name}" has no option "{option}"{_suggest(option, known)}')
     given = preset | options
-    missing = [p.name for p in list(parameters.values())[1:] if p.default is p.empty and p.name not in given]
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
     if missing:
         raise ValueError(f'router "{name}" needs the option{"s" if len(missing) > 1 else ""} {", ".join(missing)}')
     return cls(**given)
+
+
+def _option_parameters(cls: type[Router]) -> list[inspect.Parameter]:
+    return list(inspect.signature(cls.__init__).parameters.values())[1:]
 
 
 def _suggest(given: str, known: list[str]) -> str:
@@ -447,7 +513,8 @@ def _suggest(given: str, known: list[str]) -> str:
 
 
 def _discover() -> None:
-    """Imports every file of this folder and every entry point, once."""
+    """Imports every file of this folder and every entry point, once. What another package breaks is a warning, so that
+    it costs that package's routers only."""
     global _discovered
     if _discovered:
         return
@@ -456,6 +523,10 @@ def _discover() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        cls = entry.load()
-        if isinstance(cls, type) and issubclass(cls, Router) and _routers.get(entry.name) is not cls:
-            register_router(entry.name)(cls)
+        try:
+            cls = entry.load()
+            if isinstance(cls, type) and issubclass(cls, Router) and _routers.get(entry.name) is not cls:
+                register_router(entry.name)(cls)
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "an unnamed distribution"
+            warnings.warn(f'router "{entry.name}" of {package} is left out: {error!r}', stacklevel=2)

@@ -1,12 +1,15 @@
-"""DiffMoE: experts choose among the tokens of the whole batch; a predictor learns how many each should take at inference.
+"""DiffMoE: experts choose among the tokens of the whole batch, and a predictor learns how many each takes at inference.
 
     scores = softmax over the experts of W x;  prediction = MLP(x without gradient) [T, E]
-    training    expert e takes the k = int(T / E * top_k) highest scores of the pool (this micro-batch); weight = score
+    training    expert e takes its k highest scores of the pool, the T tokens of this micro-batch; weight = score
+                k = max(1, int(T / E * top_k))
                 loss capacity = predictor_weight * BCE(prediction, taken)
-                after the step  tau_e <- decay * tau_e + (1 - decay) * (the k-th largest sigmoid(prediction) of column e)
-    inference   "pool":   expert e takes its n_e highest scores, n_e = #{t : sigmoid(prediction_te) > tau_e}   (the released rule:
-                          a sample's result depends on the rest of the batch)
-                "token":  expert e takes every t with sigmoid(prediction_te) > tau_e                            (batch-independent)
+                after the step  tau_e <- decay * tau_e + (1 - decay) * q_e
+                q_e the k-th largest sigmoid(prediction) of column e, its mean over the step's pools
+    inference   n_e = #{t : sigmoid(prediction_te) > tau_e}
+                "pool"   expert e takes its n_e highest scores: the released rule, by which a sample's result depends
+                         on the rest of the batch
+                "token"  expert e takes those n_e tokens: batch-independent
 
 Source: DiffMoE, arXiv:2503.14487, and the released code, whose softmax is not in the paper's eq. 5. "token" is ours.
 """
@@ -24,7 +27,7 @@ from .selection import experts_take, tokens_per_expert
 @register_router("diffmoe")
 class DiffMoERouter(Router):
     evidence = "code"
-    reductions = {"quantile": "mean"}
+    reductions = {"quantile": "sum", "pools": "sum"}
 
     def __init__(
         self,
@@ -57,7 +60,12 @@ class DiffMoERouter(Router):
             raise ValueError(f"threshold_decay={threshold_decay}: choose 0 to less than 1")
         if inference not in ("pool", "token"):
             raise ValueError(f'inference="{inference}": choose "pool" or "token"')
-        self.top_k, self.predictor_weight, self.threshold_decay, self.inference = top_k, predictor_weight, threshold_decay, inference
+        self.top_k, self.predictor_weight, self.threshold_decay, self.inference = (
+            top_k,
+            predictor_weight,
+            threshold_decay,
+            inference,
+        )
         self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))
         self.predictor = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, num_experts))
         self.register_buffer("threshold", torch.zeros(num_experts))
@@ -73,7 +81,9 @@ class DiffMoERouter(Router):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         dtype = router_dtype(x_TD)
         x_TD = x_TD.to(dtype)
-        real_T = torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device) if context.real_T is None else context.real_T
+        real_T = (
+            torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device) if context.real_T is None else context.real_T
+        )
         logits_TE = F.linear(x_TD, self.weight.to(dtype))
         scores_TE = logits_TE.softmax(-1)
         hidden, out = self.predictor[0], self.predictor[2]
@@ -89,11 +99,26 @@ class DiffMoERouter(Router):
             error = error_TE.masked_fill(~real_T[:, None], 0).sum() / (real_T.sum() * self.num_experts).clamp(min=1)
             losses["capacity"] = self.predictor_weight * error
             ranked_TE = chance_TE.masked_fill(~real_T[:, None], -torch.inf).sort(dim=0, descending=True).values
-            stats["quantile"] = ranked_TE[(k_1 - 1).clamp(min=0)][0]
+            # summed instead of indexed, so that a pool without tokens adds 0
+            is_kth_T = torch.arange(len(x_TD), device=x_TD.device) == k_1 - 1
+            stats["quantile"] = ranked_TE.where(is_kth_T[:, None], 0).sum(0)
+            stats["pools"] = (k_1 > 0).to(dtype)
         else:
             above_TE = (chance_TE > self.threshold.to(dtype)) & real_T[:, None]
-            taken_TE = above_TE if self.inference == "token" else experts_take(scores_TE[None], above_TE.sum(0)[None], real_T[None])[0]
-        return Routing.from_mask(taken_TE, scores_TE, logits=logits_TE, scores=scores_TE, prediction=prediction_TE, losses=losses, stats=stats)
+            taken_TE = above_TE
+            if self.inference == "pool":
+                taken_TE = experts_take(scores_TE[None], above_TE.sum(0)[None], real_T[None])[0]
+        return Routing.from_mask(
+            taken_TE,
+            scores_TE,
+            logits=logits_TE,
+            scores=scores_TE,
+            prediction=prediction_TE,
+            losses=losses,
+            stats=stats,
+        )
 
     def update(self, stats: dict[str, Tensor]) -> None:
-        self.threshold.lerp_(stats["quantile"].to(self.threshold.dtype), 1 - self.threshold_decay)
+        quantile_E = (stats["quantile"] / stats["pools"].clamp(min=1)).to(self.threshold.dtype)
+        step = (1 - self.threshold_decay) * (stats["pools"] > 0)
+        self.threshold.lerp_(quantile_E, step.to(self.threshold.dtype))

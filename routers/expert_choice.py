@@ -1,13 +1,14 @@
-"""Expert choice: each expert takes the tokens that score highest for it; every expert has the same load, a token may have none.
+"""Expert choice: each expert takes the tokens that score highest for it, so that all have the same load.
 
     scores = softmax over the experts of W x
     k      = max(1, min(int(M / E * top_k), M))        M tokens of the group: the sample (EC-DiT), or the whole batch
     expert e takes the k highest of its column in each group; weight = score
 
-No balance loss. The same rule at inference. A decision depends on every token of the group: not causal.
+A token may be taken by several experts or by none. No balance loss. The same rule at inference. A decision depends on
+every token of the group: not causal.
 
-Sources: Zhou et al., arXiv:2202.09368; EC-DIT, arXiv:2410.02098, read in the re-implementations beside ProMoE and DiffMoE (capacity 1
-there; the paper's is 2): ``pool="sample"`` is theirs.
+Sources: Zhou et al., arXiv:2202.09368; EC-DIT, arXiv:2410.02098, read in the re-implementations beside ProMoE and
+DiffMoE (capacity 1 there; the paper's is 2): ``pool="sample"`` is theirs.
 """
 
 from typing import Literal
@@ -61,7 +62,11 @@ class ExpertChoiceRouter(Router):
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         scores_TE = logits_TE.softmax(-1)
         groups = (context.batch_size, context.length) if self.pool == "sample" else (1, context.num_tokens)
-        real_GM = torch.ones(groups, dtype=torch.bool, device=x_TD.device) if context.real_T is None else context.real_T.view(groups)
+        real_GM = (
+            torch.ones(groups, dtype=torch.bool, device=x_TD.device)
+            if context.real_T is None
+            else context.real_T.view(groups)
+        )
         k_G = tokens_per_expert(real_GM.sum(1), self.num_experts, self.top_k)
         taken_GME = experts_take(scores_TE.unflatten(0, groups), k_G[:, None].expand(-1, self.num_experts), real_GM)
         return Routing.from_mask(taken_GME.flatten(0, 1), scores_TE, logits=logits_TE, scores=scores_TE)

@@ -1,9 +1,9 @@
-"""Auxiliary losses of routers, as pure functions. A router weighs them and returns them; nobody hides them in a backward.
+"""Auxiliary losses of routers, as pure functions. A router weighs and returns them; nobody hides them in a backward.
 
-    balance      E * sum_e f_e P_e                         1 at perfect balance     Switch, arXiv:2101.03961, eq. 4
-    z            mean_t (logsumexp_e logits_te)^2                                   ST-MoE, arXiv:2202.08906, eq. 5
-    contrastive  -1/N_a sum_i log softmax_j(cos(p_i, m_j) / tau)_i                  ProMoE, arXiv:2510.24711, eq. 6
-    similarity   1/T sum_ij W_ij (P^T P)_ij                                         Expert Race, arXiv:2503.16057
+balance      E * sum_e f_e P_e                         1 at perfect balance     Switch, arXiv:2101.03961, eq. 4
+z            mean_t (logsumexp_e logits_te)^2                                   ST-MoE, arXiv:2202.08906, eq. 5
+contrastive  -1/N_a sum_i log softmax_j(cos(p_i, m_j) / tau)_i                  ProMoE, arXiv:2510.24711, eq. 6
+similarity   1/T sum_ij W_ij (P^T P)_ij                                         Expert Race, arXiv:2503.16057
 """
 
 import torch
@@ -31,9 +31,10 @@ def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
 def contrastive_loss(prototypes_ED: Tensor, centroids_GED: Tensor, active_GE: Tensor, temperature: float) -> Tensor:
     """Pulls each prototype to the centroid of its own tokens and away from the centroids of the others.
 
-        -mean over groups g and active i of  log( exp(cos(p_i, m_gi) / tau) / sum_{j active in g} exp(cos(p_i, m_gj) / tau) )
+        -mean over groups g and active i of  log softmax_j( cos(p_i, m_gj) / tau )_i,  the softmax over active j
 
-    Prototypes are anchors, centroids positives and negatives; gradient reaches both. 0 where fewer than two experts are active.
+    Prototypes are anchors, centroids positives and negatives; gradient reaches both. 0 where fewer than two experts
+    are active.
 
     Args:
         centroids_GED: mean of each expert's tokens, one set a group (the whole batch is one group).
@@ -47,7 +48,7 @@ def contrastive_loss(prototypes_ED: Tensor, centroids_GED: Tensor, active_GE: Te
     return -(own_GE * active_GE).sum() / active_GE.sum().clamp(min=1)
 
 
-def similarity_loss(probabilities_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+def similarity_loss(probabilities_TE: Tensor, chosen_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """Pushes experts that are often chosen together to different probabilities; its diagonal balances the load.
 
         M' = M^T M, P' = P^T P;   W_ii = E M'_ii / sum_a M'_aa,   W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab
@@ -56,14 +57,19 @@ def similarity_loss(probabilities_TE: Tensor, chosen_TE: Tensor) -> Tensor:
     Args:
         probabilities_TE: softmax of the logits over the experts.
         chosen_TE: 0/1, who was chosen; no gradient.
+        real_T: tokens that count; None = all.
     """
     tokens, experts = probabilities_TE.shape
+    if real_T is not None:
+        probabilities_TE = probabilities_TE.masked_fill(~real_T[:, None], 0)
+        tokens = real_T.sum()
     chosen_TE = chosen_TE.to(probabilities_TE.dtype)
     together_EE = chosen_TE.T @ chosen_TE
     diagonal_EE = torch.eye(experts, dtype=torch.bool, device=together_EE.device)
     own, other = together_EE * diagonal_EE, together_EE * ~diagonal_EE
     weight_EE = experts * own / own.sum().clamp(min=1) + (experts**2 - experts) * other / other.sum().clamp(min=1)
-    return (weight_EE * (probabilities_TE.T @ probabilities_TE)).sum() / max(tokens, 1)
+    total = (weight_EE * (probabilities_TE.T @ probabilities_TE)).sum()
+    return total / (max(tokens, 1) if real_T is None else tokens.clamp(min=1))
 
 
 def _mean(values_T: Tensor, real_T: Tensor | None) -> Tensor:

@@ -2,17 +2,20 @@
 
     z_ij = cos(x_i, p_j)                                   prototypes p [E, D], one a routed expert
     gate = z (identity), softmax over the experts, or sigmoid
-    token choice    token i goes to the K highest gates, with the raw gate as weight (not renormalised; it may be negative)
+    token choice    token i goes to the K highest gates, with the raw gate as weight: not renormalised, maybe negative
     expert choice   in each image, expert j takes its max(1, min(int(L / E * K), L)) highest tokens
-    unconditional   every token of a sample without a label goes to the last id, a "local" expert, with weight 1, and nowhere else
+    unconditional   every token of a sample without a label goes to the last id, a "local" expert, with weight 1, and
+                    nowhere else
 
-    loss routing_contrastive = contrastive_weight * L_RCL   (training only; conditional tokens only; ``losses.contrastive_loss``)
+    loss routing_contrastive = contrastive_weight * L_RCL  in training, over conditional tokens
+                               (``losses.contrastive_loss``)
 
-The centroid of an expert is the mean of its tokens in this forward, over the local micro-batch (token choice), or per image
-(expert choice); gradient flows through it into the tokens. There is no balance loss and no capacity.
+The centroid of an expert is the mean of its tokens in this forward, over the local micro-batch (token choice), or per
+image (expert choice); gradient flows through it into the tokens. There is no balance loss and no capacity.
 
-Source: "Routing Matters in MoE: Scaling Diffusion Transformers with Explicit Routing Guidance", arXiv:2510.24711v2, equations
-4 to 6, and the released code. The code's null label is the number 1000; here ``context.null_mask`` says which samples are unconditional.
+Source: "Routing Matters in MoE: Scaling Diffusion Transformers with Explicit Routing Guidance", arXiv:2510.24711v2,
+equations 4 to 6, and the released code. The code's null label is the number 1000; here ``context.null_mask`` says which
+samples are unconditional.
 """
 
 from typing import Literal
@@ -53,7 +56,8 @@ class ProMoERouter(Router):
             contrastive_weight: of the loss ``routing_contrastive``; 0 = no such loss.
             temperature: tau of that loss.
             selection: who chooses.
-            init_std: deviation of the initial prototypes; only their direction enters, their length sets how fast they turn.
+            init_std: deviation of the initial prototypes. Only their direction enters; their length sets how fast they
+                turn.
 
         Raises:
             ValueError: an option outside its range.
@@ -88,66 +92,65 @@ class ProMoERouter(Router):
         dtype = router_dtype(x_TD)
         x_TD, prototypes_ED = x_TD.to(dtype), self.prototypes.to(dtype)
         cosine_TE = F.linear(F.normalize(x_TD, dim=-1), F.normalize(prototypes_ED, dim=-1))
-        routed_T = self._routed(context, x_TD.device)
+        real_T = context.real_T
+        if real_T is None:
+            real_T = torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device)
+        null_T = real_T & context.null_T if self.unconditional else torch.zeros_like(real_T)
+
+        logits_TE = cosine_TE / self.temperature
+        if self.unconditional:
+            own_T1 = torch.where(null_T[:, None], 0.0, -torch.inf).to(dtype)
+            logits_TE = torch.cat([logits_TE.masked_fill(null_T[:, None], -torch.inf), own_T1], dim=1)
         choose = self._token_choice if self.selection == "token_choice" else self._expert_choice
-        routing = choose(x_TD, cosine_TE, prototypes_ED, routed_T, context)
-        return routing.replace(logits=(logits := self._with_unconditional(cosine_TE / self.temperature, context)), scores=logits.softmax(-1))
+        routing = choose(x_TD, cosine_TE, prototypes_ED, real_T & ~null_T, null_T, context)
+        return routing.replace(logits=logits_TE, scores=logits_TE.softmax(-1))
 
-    def _routed(self, context: TokenContext, device: torch.device) -> Tensor:
-        """[T] bool: real tokens of conditional samples."""
-        routed_T = torch.ones(context.num_tokens, dtype=torch.bool, device=device) if context.real_T is None else context.real_T
-        return routed_T & ~context.null_T if self.unconditional else routed_T
-
-    def _with_unconditional(self, logits_TE: Tensor, context: TokenContext) -> Tensor:
-        """Appends the unconditional expert's column: 0 for its tokens, who have -inf elsewhere; -inf for all others."""
-        if not self.unconditional:
-            return logits_TE
-        null_T1 = context.null_T[:, None]
-        own_T1 = torch.where(null_T1, 0.0, -torch.inf).to(logits_TE.dtype)
-        return torch.cat([logits_TE.masked_fill(null_T1, -torch.inf), own_T1], dim=1)
-
-    def _token_choice(self, x_TD, cosine_TE, prototypes_ED, routed_T, context) -> Routing:
-        gates_TE = {"identity": lambda z: z, "softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid}[self.gate](cosine_TE)
-        weight_TK, index_TK = gates_TE.topk(self.top_k, dim=-1)
+    def _token_choice(self, x_TD, cosine_TE, prototypes_ED, routed_T, null_T, context) -> Routing:
+        weight_TK, index_TK = self._gate(cosine_TE, dim=-1).topk(self.top_k, dim=-1)
         index_TK = index_TK.masked_fill(~routed_T[:, None], -1)
         weight_TK = weight_TK.masked_fill(~routed_T[:, None], 0)
         losses = {}
         if self.training and self.contrastive_weight:
-            chosen_TE = torch.zeros_like(cosine_TE).scatter(1, index_TK.clamp(min=0), (index_TK >= 0).to(cosine_TE.dtype))
+            assigned_TK = (index_TK >= 0).to(cosine_TE.dtype)
+            chosen_TE = torch.zeros_like(cosine_TE).scatter(1, index_TK.clamp(min=0), assigned_TK)
             losses["routing_contrastive"] = self._contrastive(prototypes_ED, chosen_TE[None], x_TD[None])
         if self.unconditional:
-            first = torch.arange(self.top_k, device=index_TK.device) == 0
-            own_TK = (context.null_T if context.real_T is None else context.null_T & context.real_T)[:, None] & first
+            own_TK = null_T[:, None] & (torch.arange(self.top_k, device=null_T.device) == 0)
             index_TK = index_TK.masked_fill(own_TK, self.num_experts)
             weight_TK = weight_TK.masked_fill(own_TK, 1)
         return Routing.from_topk(index_TK, weight_TK, bank_size=self.bank_size, losses=losses)
 
-    def _expert_choice(self, x_TD, cosine_TE, prototypes_ED, routed_T, context) -> Routing:
+    def _expert_choice(self, x_TD, cosine_TE, prototypes_ED, routed_T, null_T, context) -> Routing:
         shape = (context.batch_size, context.length)
         cosine_BLE, routed_BL = cosine_TE.unflatten(0, shape), routed_T.view(shape)
         if self.gate == "softmax":
-            # a finite floor, so that the row of an image without a routed token stays finite
-            gates_BLE = cosine_BLE.masked_fill(~routed_BL[:, :, None], torch.finfo(cosine_BLE.dtype).min).softmax(1)
-        else:
-            gates_BLE = cosine_BLE if self.gate == "identity" else cosine_BLE.sigmoid()
+            # a finite floor, so that the columns of an image without a routed token stay finite
+            cosine_BLE = cosine_BLE.masked_fill(~routed_BL[:, :, None], torch.finfo(cosine_BLE.dtype).min)
+        gates_BLE = self._gate(cosine_BLE, dim=1)
         k_B = tokens_per_expert(routed_BL.sum(1), self.num_experts, self.top_k)
         taken_BLE = experts_take(gates_BLE, k_B[:, None].expand(-1, self.num_experts), routed_BL)
         losses = {}
         if self.training and self.contrastive_weight:
-            losses["routing_contrastive"] = self._contrastive(prototypes_ED, taken_BLE.to(x_TD.dtype), x_TD.unflatten(0, shape))
+            chosen_BLE, x_BLD = taken_BLE.to(x_TD.dtype), x_TD.unflatten(0, shape)
+            losses["routing_contrastive"] = self._contrastive(prototypes_ED, chosen_BLE, x_BLD)
         taken_TE, gates_TE = taken_BLE.flatten(0, 1), gates_BLE.flatten(0, 1)
         if self.unconditional:
-            own_T1 = (context.null_T if context.real_T is None else context.null_T & context.real_T)[:, None]
+            own_T1 = null_T[:, None]
             taken_TE, gates_TE = torch.cat([taken_TE, own_T1], 1), torch.cat([gates_TE, own_T1.to(gates_TE.dtype)], 1)
         return Routing.from_mask(taken_TE, gates_TE, losses=losses)
 
+    def _gate(self, cosine: Tensor, dim: int) -> Tensor:
+        if self.gate == "identity":
+            return cosine
+        return cosine.softmax(dim) if self.gate == "softmax" else cosine.sigmoid()
+
     def _contrastive(self, prototypes_ED: Tensor, chosen_GME: Tensor, x_GMD: Tensor) -> Tensor:
         count_GE = chosen_GME.sum(1)
-        # tokens that nobody chose may hold anything, also NaN under padding
-        x_GMD = x_GMD.masked_fill(~chosen_GME.any(-1, keepdim=True), 0)
         centroids_GED = chosen_GME.transpose(1, 2) @ x_GMD / count_GE.clamp(min=1)[..., None]
         return self.contrastive_weight * contrastive_loss(prototypes_ED, centroids_GED, count_GE > 0, self.temperature)
 
     @classmethod
     def example(cls) -> tuple[dict, TokenContext]:
-        return {"dim": 16, "num_experts": 4, "top_k": 1}, TokenContext(batch_size=3, length=8, null_mask=torch.tensor([False, True, False]))
+        return {"dim": 16, "num_experts": 4, "top_k": 1}, TokenContext(
+            batch_size=3, length=8, null_mask=torch.tensor([False, True, False])
+        )

@@ -2,13 +2,15 @@
 
     logits Z = W2 gelu(W1 x);  gate = Z (identity), sigmoid, or softmax over the experts
     training    the top_k * T highest gates of the whole pool (this micro-batch) win; a token may have 0 to E experts
-                after the step  tau <- decay * tau + (1 - decay) * (the smallest winning gate)
+                after the step  tau <- decay * tau + (1 - decay) * (the smallest winning gate; mean over pools)
     inference   every pair with gate >= tau: independent of the batch
     loss similarity = similarity_weight * L_sim    (``losses.similarity_loss``)
-    prediction = W3 gelu(W1 x)  [T, P]: a second head that the recipe holds against the model's target (per-layer regularisation)
+    prediction = W3 gelu(W1 x)  [T, P]: a second head that the recipe holds against the model's target, for per-layer
+                regularisation
 
-Source: Expert Race, arXiv:2503.16057, of which tables and captions were read, and two unofficial implementations; they agree on the
-loss's weights and differ in its normaliser (here 1/T) and in the momentum (0.95 and 0.99). The paper's loss weights were not seen.
+Source: Expert Race, arXiv:2503.16057, of which tables and captions were read, and two unofficial implementations; they
+agree on the loss's weights and differ in its normaliser (here 1/T) and in the momentum (0.95 and 0.99). The paper's
+loss weights were not seen.
 """
 
 from typing import Literal
@@ -24,7 +26,7 @@ from .losses import similarity_loss
 @register_router("race")
 class RaceRouter(Router):
     evidence = "reconstruction"
-    reductions = {"cut": "mean"}
+    reductions = {"cut": "sum", "pools": "sum"}
 
     def __init__(
         self,
@@ -80,30 +82,36 @@ class RaceRouter(Router):
         logits_TE = _linear(self.out, hidden_TD)
         scores_TE = logits_TE.softmax(-1)
         gates_TE = {"identity": logits_TE, "sigmoid": logits_TE.sigmoid(), "softmax": scores_TE}[self.gate]
-        running_TE = gates_TE.detach() if real_T is None else gates_TE.detach().masked_fill(~real_T[:, None], -torch.inf)
+        running_TE = (
+            gates_TE.detach() if real_T is None else gates_TE.detach().masked_fill(~real_T[:, None], -torch.inf)
+        )
 
         losses, stats = {}, {}
         if self.training:
-            won_TE, stats["cut"] = self._race(running_TE, real_T)
+            won_TE, stats["cut"], stats["pools"] = self._race(running_TE, real_T)
             if self.similarity_weight:
-                probabilities_TE = scores_TE if real_T is None else scores_TE.masked_fill(~real_T[:, None], 0)
-                losses["similarity"] = self.similarity_weight * similarity_loss(probabilities_TE, won_TE)
+                losses["similarity"] = self.similarity_weight * similarity_loss(scores_TE, won_TE, real_T)
         else:
             won_TE = running_TE >= self.threshold.to(dtype)
         prediction = None if self.head is None else _linear(self.head, hidden_TD)
-        return Routing.from_mask(won_TE, gates_TE, logits=logits_TE, scores=scores_TE, prediction=prediction, losses=losses, stats=stats)
+        return Routing.from_mask(
+            won_TE, gates_TE, logits=logits_TE, scores=scores_TE, prediction=prediction, losses=losses, stats=stats
+        )
 
-    def _race(self, running_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The winners [T, E], exactly the budget (ties to the earlier pair), and the smallest winning gate."""
-        tokens = torch.tensor(len(running_TE), device=running_TE.device) if real_T is None else real_T.sum()
-        budget = (self.top_k * tokens).to(torch.int64)
+    def _race(self, running_TE: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The winners [T, E], exactly the budget (ties to the earlier pair); the smallest winning gate, or 0 where
+        nobody wins; whether anybody does."""
+        budget = int(self.top_k * len(running_TE)) if real_T is None else (self.top_k * real_T.sum().double()).long()
         value, order = running_TE.flatten().sort(descending=True, stable=True)
         place = torch.arange(len(order), device=order.device)
         won_TE = torch.zeros_like(order, dtype=torch.bool).scatter(0, order, place < budget).view_as(running_TE)
-        return won_TE, value[(budget - 1).clamp(min=0)]
+        is_last = place == budget - 1
+        return won_TE, value.where(is_last, 0).sum(), is_last.any().to(value.dtype)
 
     def update(self, stats: dict[str, Tensor]) -> None:
-        self.threshold.lerp_(stats["cut"].to(self.threshold.dtype), 1 - self.threshold_decay)
+        cut = (stats["cut"] / stats["pools"].clamp(min=1)).to(self.threshold.dtype)
+        step = (1 - self.threshold_decay) * (stats["pools"] > 0)
+        self.threshold.lerp_(cut, step.to(self.threshold.dtype))
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

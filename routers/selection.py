@@ -1,7 +1,7 @@
 """Who takes whom: choices along other axes than a token's own, and what a full expert drops.
 
     expert choice   each expert takes the k tokens of its group (a sample, or the whole pool) with the highest scores
-    capacity        an expert keeps at most C = ceil(factor * K * T / E) assignments
+    capacity        an expert keeps at most ceil(C), C = factor * K * T / E, of its assignments
 
 Ties go to the earlier token.
 """
@@ -32,23 +32,26 @@ def experts_take(scores_GME: Tensor, k_GE: Tensor, eligible_GM: Tensor | None = 
         scores_GME = scores_GME.masked_fill(~eligible_GM[:, :, None], -torch.inf)
     order_GME = scores_GME.argsort(dim=1, descending=True, stable=True)
     place = torch.arange(scores_GME.shape[1], device=scores_GME.device)[None, :, None]
-    taken_GME = (place < k_GE[:, None, :]).scatter(1, order_GME, (place < k_GE[:, None, :]))
+    best_GME = place < k_GE[:, None, :]
+    taken_GME = torch.zeros_like(best_GME).scatter(1, order_GME, best_GME)
     return taken_GME if eligible_GM is None else taken_GME & eligible_GM[:, :, None]
 
 
 def tokens_per_expert(real_G: Tensor, num_experts: int, top_k: float) -> Tensor:
-    """k = max(1, min(int(M / E * top_k), M)) for groups of M = ``real_G`` eligible tokens; 0 where M is 0. -> [G] int64"""
+    """k = max(1, min(int(M / E * top_k), M)) for groups of M = ``real_G`` eligible tokens, 0 where M is 0: [G] int64"""
     k_G = (real_G.double() / num_experts * top_k).to(torch.int64)
     return torch.minimum(k_G.clamp(min=1), real_G)
 
 
-def keep_within_capacity(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: Tensor, policy: str) -> Tensor:
+def keep_within_capacity(
+    expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: Tensor | float, policy: str
+) -> Tensor:
     """Which assignments fit: [T, K] bool.
 
     Args:
         expert_TK: ids; -1 is no assignment.
         weight_TK: what "probability" ranks by.
-        capacity: C, a scalar tensor: assignments that an expert keeps.
+        capacity: C; an expert keeps at most ceil(C) assignments.
         policy: "position": the first ones in token order; "probability": those of highest weight.
             Both are those of Megatron-Core's ``moe_token_drop_policy``.
     """

@@ -4,12 +4,13 @@
     chosen = the K highest of  score + bias       (inside the best groups, where there are groups)
     weight = scale * score / (sum of the chosen scores where ``renormalise``)
 
-``softmax_after`` takes the softmax over the K chosen logits instead of over all. The bias is in the choice only, never in the
-weight; after each optimizer step  bias_e += bias_rate * sign(mean load - load_e)  (loss-free balancing).
+``softmax_after`` takes the softmax over the K chosen logits instead of over all. The bias is in the choice only, never
+in the weight; after each optimizer step  bias_e += bias_rate * sign(mean load - load_e)  (loss-free balancing).
 
 Sources: Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961 (K = 1, capacity, balance loss, jitter); ST-MoE,
-arXiv:2202.08906 (z-loss); DeepSeek-V3, arXiv:2412.19437 (sigmoid, bias, groups, scale), and its inference code; loss-free
-balancing, arXiv:2408.15664; capacity and drop policies as in Megatron-Core's ``apply_router_token_dropping``.
+arXiv:2202.08906 (z-loss); DeepSeek-V3, arXiv:2412.19437 (sigmoid, bias, groups, scale), and its inference code;
+loss-free balancing, arXiv:2408.15664; capacity and drop policies as in Megatron-Core's
+``apply_router_token_dropping``.
 """
 
 from typing import Literal
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from .base import Router, Routing, TokenContext, count_experts, register_preset, register_router, router_dtype
 from .losses import balance_loss, z_loss
 from .selection import check_drop, keep_within_capacity
+
+NEARLY_ZERO = 1e-20  # DeepSeek-V3's; sigmoids of very low logits may all be 0
 
 
 @register_router("topk")
@@ -76,13 +79,21 @@ class TopKRouter(Router):
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f'score="{score}": choose "softmax" or "sigmoid"')
         if softmax_after and (score != "softmax" or bias_rate):
-            raise ValueError('softmax_after needs score="softmax" and no bias_rate: the softmax is over the chosen logits')
+            raise ValueError(
+                'softmax_after needs score="softmax" and no bias_rate: the softmax is over the chosen logits'
+            )
         if group_score not in ("max", "top2_sum"):
             raise ValueError(f'group_score="{group_score}": choose "max" or "top2_sum"')
         if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
-            raise ValueError(f"num_groups={num_groups}, top_groups={top_groups}: groups must divide {num_experts} experts, and top_groups be 1 to num_groups")
-        if top_k > num_experts // num_groups * top_groups:
-            raise ValueError(f"top_k={top_k}: the {top_groups} best of {num_groups} groups hold {num_experts // num_groups * top_groups} experts; take more groups")
+            raise ValueError(
+                f"num_groups={num_groups}, top_groups={top_groups}: groups must divide {num_experts} experts, and "
+                "top_groups be 1 to num_groups"
+            )
+        if top_k > (open_experts := num_experts // num_groups * top_groups):
+            raise ValueError(
+                f"top_k={top_k}: the {top_groups} best of {num_groups} groups hold {open_experts} experts; "
+                "take more groups"
+            )
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter={jitter}: choose 0 (none) to less than 1")
         check_drop(capacity_factor, drop_policy)
@@ -125,7 +136,7 @@ class TopKRouter(Router):
         else:
             weight_TK = scores_TE.gather(1, index_TK)
         if self.renormalise:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + NEARLY_ZERO)
         weight_TK = weight_TK * self.scale
 
         if real_T is not None:
@@ -136,7 +147,9 @@ class TopKRouter(Router):
             requested, keep_TK = index_TK, self._within_capacity(index_TK, weight_TK, real_T)
             index_TK, weight_TK = index_TK.masked_fill(~keep_TK, -1), weight_TK.masked_fill(~keep_TK, 0)
 
-        shares_TE = scores_TE if self.score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+        shares_TE = scores_TE
+        if self.score == "sigmoid":
+            shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + NEARLY_ZERO)
         load_E = count_experts(index_TK if requested is None else requested, self.bank_size)
         losses = {}
         if self.balance_weight:
@@ -167,8 +180,8 @@ class TopKRouter(Router):
         return scores_TE.topk(self.top_k, dim=-1).indices
 
     def _within_capacity(self, index_TK: Tensor, weight_TK: Tensor, real_T: Tensor | None) -> Tensor:
-        tokens = torch.tensor(len(index_TK), device=index_TK.device) if real_T is None else real_T.sum()
-        capacity = (self.capacity_factor * self.top_k * tokens.double() / self.num_experts).ceil()
+        tokens = len(index_TK) if real_T is None else real_T.sum().double()
+        capacity = self.capacity_factor * self.top_k * tokens / self.num_experts
         return keep_within_capacity(index_TK, weight_TK, self.num_experts, capacity, self.drop_policy)
 
     def update(self, stats: dict[str, Tensor]) -> None:
