@@ -68,14 +68,15 @@ def expert_mlp_forward(
     y_ND = blocks.rows(dim)
     h_NH = blocks.rows(w_in.shape[1]) if keep else blocks.scratch(w_in.shape[1])
     x_buffer, a_buffer = blocks.scratch(dim), blocks.scratch(hidden)
+    w_in_T, w_out_T = w_in.mT.unbind(0), w_out.mT.unbind(0)
     for e, low, high, padded in blocks.busy:
         x = _take_rows(x_TD, token_N, low, high, padded, x_buffer)
         h = h_NH[low : low + padded] if keep else h_NH[:padded]
         y = y_ND[low : low + padded]
         a = a_buffer[:padded]
-        _linear_into(x, w_in[e].T, None if b_in is None else b_in[e], h)
+        _linear_into(x, w_in_T[e], None if b_in is None else b_in[e], h)
         activate_into(h, a, activation)
-        _linear_into(a, w_out[e].T, None if b_out is None else b_out[e], y)
+        _linear_into(a, w_out_T[e], None if b_out is None else b_out[e], y)
         if weight_N is not None and not combine:
             y_ND[low:high].mul_(weight_N[low:high, None])
     y_ND = y_ND[: blocks.total]
@@ -108,7 +109,7 @@ def expert_mlp_backward(
     blocks = _Blocks(counts_E, h_NH)
     dx_ND = blocks.rows(dim if need_x else 0)
     dw_in, dw_out, db_in, db_out, dweight_N = (
-        torch.empty_like(tensor) if need else x_TD.new_empty(0)
+        torch.empty(tensor.shape, dtype=tensor.dtype) if need else x_TD.new_empty(0)
         for tensor, need in zip((w_in, w_out, b_in, b_out, weight_N), needs[1:], strict=True)
     )
     x_buffer, dy_buffer = blocks.scratch(dim), blocks.scratch(dim)
@@ -136,13 +137,13 @@ def expert_mlp_backward(
             torch.mm(dy_rows.T, a, out=dw_out[e])
         if need_b_out:
             torch.sum(dy_rows, 0, out=db_out[e])
-        if need_b_in:
-            _sum_rows_into(dh[:n], weight_N, low, high, db_in[e])
         if need_x:
             torch.mm(dh, w_in[e], out=dx_ND[low : low + padded])
         if need_w_in:
             x = _take_rows(x_TD, token_N, low, high, padded, x_buffer, clean=True)
             torch.mm(dh.T, _weighted(x, weight_N1, low, high, x_buffer), out=dw_in[e])
+        if need_b_in:
+            torch.sum(_weighted(dh, weight_N1, low, high, dh_buffer), 0, out=db_in[e])
 
     for gradient, need in zip((dw_in, dw_out, db_in, db_out), needs[1:], strict=False):
         if need:
@@ -246,14 +247,6 @@ def _weighted(rows: Tensor, weight_N1: Tensor | None, low: int, high: int, buffe
     n = high - low
     torch.mul(rows[:n], weight_N1[low:high], out=buffer[:n])
     return buffer[: len(rows)]
-
-
-def _sum_rows_into(rows: Tensor, weight_N: Tensor | None, low: int, high: int, total: Tensor) -> None:
-    """Writes the sum of an expert's rows, times their weights where given, into ``total``."""
-    if weight_N is None:
-        torch.sum(rows, 0, out=total)
-    else:
-        torch.mv(rows.T, weight_N[low:high].to(rows.dtype), out=total)
 
 
 def _linear_into(x: Tensor, w_KM: Tensor, bias: Tensor | None, y: Tensor) -> None:

@@ -83,7 +83,6 @@ def expert_mlp_backward(
     """-> gradients of x, w_in, w_out, b_in, b_out, weight, as far as ``needs`` asks; empty tensors for the others"""
     need_x, need_w_in, need_w_out, need_b_in, need_b_out, need_weight = needs
     dx, dw_in, dw_out, db_in, db_out, dweight_N = (x_TD.new_empty(0) for _ in needs)
-    expert_N = _expert_of_rows(counts_E, len(h_NH))
     dy_ND = dy[token_N] if combine else dy
     da_NH = grouped_gemm_input_grad(dy_ND, w_out, counts_E)
     a_NH, dh_NH = torch.empty_like(da_NH), torch.empty_like(h_NH)
@@ -92,7 +91,7 @@ def expert_mlp_backward(
         # <dY, a W_out^T> = <dY W_out, a>: the routing weight's gradient without the expert's output
         dweight_N = (a_NH * da_NH).sum(-1, dtype=weight_N.dtype)
         if b_out is not None:
-            dweight_N += (dy_ND * b_out[expert_N]).sum(-1, dtype=weight_N.dtype)
+            dweight_N += (dy_ND * b_out[_expert_of_rows(counts_E, len(dy_ND))]).sum(-1, dtype=weight_N.dtype)
     if weight_N is not None:
         da_NH.mul_(weight_N[:, None])
         dy_ND = (dy_ND * weight_N[:, None]).to(dy.dtype)
@@ -100,9 +99,9 @@ def expert_mlp_backward(
     if need_w_out:
         dw_out = grouped_gemm_weight_grad(dy_ND, a_NH, counts_E)
     if need_b_out:
-        db_out = _sum_by_expert(dy_ND, expert_N, b_out)
+        db_out = _sum_by_expert(dy_ND, counts_E)
     if need_b_in:
-        db_in = _sum_by_expert(dh_NH, expert_N, b_in)
+        db_in = _sum_by_expert(dh_NH, counts_E)
     if need_w_in:
         dw_in = grouped_gemm_weight_grad(dh_NH, x_TD if token_N is None else x_TD[token_N], counts_E)
     if need_x:
@@ -127,7 +126,7 @@ def _sum_by_token(rows_ND: Tensor, token_N: Tensor, weight_N: Tensor | None, num
     return total.to(rows_ND.dtype)
 
 
-def _sum_by_expert(rows_NM: Tensor, expert_N: Tensor, bias_EM: Tensor) -> Tensor:
-    """Sums the rows of each expert, in at least float32. -> [E, M]"""
-    rows = rows_NM.to(accumulation_dtype(rows_NM.dtype))
-    return rows.new_zeros(bias_EM.shape).index_add_(0, expert_N, rows).to(bias_EM.dtype)
+def _sum_by_expert(rows_NM: Tensor, counts_E: Tensor) -> Tensor:
+    """Sums the rows of each expert. -> [E, M]; as a product with ones, which unlike atomic adds is deterministic"""
+    ones = rows_NM.new_ones(len(rows_NM), 16 // rows_NM.element_size())
+    return grouped_gemm_weight_grad(ones, rows_NM, counts_E)[:, 0].contiguous()

@@ -15,6 +15,7 @@ from gatewright.kernels.expert_mlp import expert_mlp
 
 FAST = ("cpu", "torch")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+FLOOR = {torch.float32: 2e-7, torch.bfloat16: 5e-4}  # of the comparison with the reference's own error
 NAMES = ("out", "x", "w_in", "w_out", "b_in", "b_out", "weight")
 
 
@@ -93,7 +94,7 @@ def check(case, dtype, backend):
     assert fast.keys() == exact.keys()
     for name, value in fast.items():
         assert value.shape == exact[name].shape and value.dtype == same[name].dtype, name
-        few = 2 if sum(case.counts) < 32 else 1  # so few rows average no rounding out
+        few = 4 if sum(case.counts) < 32 else 1  # so few rows average no rounding out
         allowed = max(few * TOLERANCE[dtype], 1.5 * relative_error(same[name], exact[name]))
         assert relative_error(value, exact[name]) <= allowed, (name, case, dtype, backend)
 
@@ -150,13 +151,13 @@ class TestAgainstReference:
     def test_tolerances_on_larger_sizes(self, backend, dtype, activation):
         # grouped_mm takes no bias: added to a rounded product, it can round h across relu's kink
         bias = (backend, activation) != ("torch", "relu")
-        case = Case([150, 0, 70, 36], 128, 64, 96, activation, bias)
+        case = Case([300, 0, 70, 536, 64], 256, 64, 96, activation, bias)
         exact = case.run(dtype, "reference", compute=torch.float64)
         same = case.run(dtype, "reference")
         for name, value in case.run(dtype, backend).items():
             error = relative_error(value, exact[name])
             assert error <= TOLERANCE[dtype], name
-            assert error <= 1.5 * relative_error(same[name], exact[name]) + TOLERANCE[dtype] / 20, name
+            assert error <= 1.5 * relative_error(same[name], exact[name]) + FLOOR[dtype], name
 
     @pytest.mark.parametrize("backend", FAST)
     def test_a_weight_of_zero_has_its_gradient(self, backend):
