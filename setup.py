@@ -33,14 +33,15 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16,<0.17"],
     "recipes": [
         "deepspeed>=0.19.6,<0.20",
-        "ninja",
+        "diffusers",
         "mlxtend",
-        "scikit-learn",
+        "ninja",
         "pillow",
+        "scikit-learn",
         "tensorboard",
         "tqdm",
     ],
-    "dev": ["build", "hypothesis", "pytest", "ruff", "setuptools", "wheel"],
+    "dev": ["build", "hypothesis", "packaging", "pytest", "ruff", "setuptools", "wheel"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -315,6 +315,21 @@ def test_imports_point_down(part):
     assert not wrong
 
 
+def test_extras_name_what_is_imported():
+    """Whatever a file of the project or of its tests imports is in the core's requirements or in an extra."""
+    named = {_canonical(Requirement(line).name) for line in importlib.metadata.requires("gatewright")}
+    owners = importlib.metadata.packages_distributions()
+    own = sys.stdlib_module_names | {"gatewright"} | {file.stem for file in files_of("tests")}
+    documented_steps = {"torch_scatter", "ccexam"}  # Makefile
+    absent = {"megatron": ["megatron-core"]}
+    for file in (file for part in (*PARTS, "tests") for file in files_of(part)):
+        for line, name in imports_of(file):
+            top = name.split(".")[0]
+            if top not in own | documented_steps:
+                distributions = owners.get(top) or absent.get(top, [top])
+                assert {_canonical(name) for name in distributions} & named, f"{file}:{line} imports {name}"
+
+
 @pytest.mark.parametrize("part", PARTS[:3])
 def test_core_imports_torch_numpy_and_safetensors_alone(part):
     wrong = []
