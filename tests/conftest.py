@@ -1,8 +1,10 @@
-"""What every test relies on: that pytest's root is this folder."""
+"""What every test relies on: that pytest's root is this folder, and several processes for those that need them."""
 
 from pathlib import Path
 
 import pytest
+
+pytest_plugins = ("distributed",)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -33,6 +33,7 @@ What importing this file mends, for engines that hold such a layer and for no ot
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,15 +56,34 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ...routers.base import Router, Routing, TokenContext
 from ..experts import ExpertSpec
 from ..layer import MoELayerCode, moe_layers
 from ..parallel import ExpertParallel, clip_gradients, grad_norm
+from .checkpoint_files import checkpoint_buffers, checkpoint_parameters, find_latest, read_manifest
+from .deepspeed_checkpoint import load_checkpoint, save_checkpoint
+from .deepspeed_config import check_config, default_config, read_config
+from .deepspeed_ema import EMA, ema_parameters, full_parameters
+from .deepspeed_native import check_native_checkpoint
 
-__all__ = ["DeepSpeedMoELayer", "global_grad_norm"]
+__all__ = [
+    "EMA",
+    "DeepSpeedMoELayer",
+    "check_config",
+    "checkpoint_buffers",
+    "checkpoint_parameters",
+    "default_config",
+    "ema_parameters",
+    "find_latest",
+    "full_parameters",
+    "global_grad_norm",
+    "load_checkpoint",
+    "read_config",
+    "read_manifest",
+    "save_checkpoint",
+]
 
 
 class DeepSpeedMoELayer(MoELayerCode, AutoEPMoELayer):
@@ -80,44 +100,51 @@ class DeepSpeedMoELayer(MoELayerCode, AutoEPMoELayer):
         self._describe_to_engine()
 
     def _describe_to_engine(self) -> None:
-        """Sets what the engine reads from an ``AutoEPMoELayer`` and from its expert parameters."""
+        """Sets what the engine reads from an ``AutoEPMoELayer``."""
         self.num_experts = self.router.num_experts
         self.num_local_experts = len(self.experts.ids)
         self.ep_size, self.ep_rank = self.parallel.size, self.parallel.rank
-        self.ep_group_name = f"ep_size_{self.ep_size}"
+        self.ep_group_name = _group_name(self.parallel)
         self.ep_group = self.tp_group = self.folding_group_handles = None
         self.comm_backend, self.combine_impl = COMM_BACKEND, "weighted_sum"
+        self.expert_placement_descriptor = _placement(self.router, self.parallel)
         self._z3_leaf = True
-        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
-            self.num_experts, self.num_local_experts, self.ep_size
-        )
+
+    def _tag_expert_parameters(self) -> None:
+        placement = _placement(self.router, self.parallel)
         for parameter in self.experts.parameters():
             # False also without expert parallelism: ZeRO-1/2 insist on an optimizer group of experts
             parameter.allreduce = False
-            parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
+            parameter.group_name = parameter.ds_zero_partition_group_name = _group_name(self.parallel)
             parameter.ds_zero_placement_family = "autoep_expert"
-            logical_shape = [self.num_experts, *parameter.shape[1:]]
+            logical_shape = [self.router.num_experts, *getattr(parameter, "ds_shape", parameter.shape)[1:]]
             metadata = {
-                AUTOEP_EXPERT_PLACEMENT: self.expert_placement_descriptor,
-                AFFINE_MAP: autoep_placement_to_affine_map(self.expert_placement_descriptor, logical_shape).to_dict(),
+                AUTOEP_EXPERT_PLACEMENT: placement,
+                AFFINE_MAP: autoep_placement_to_affine_map(placement, logical_shape).to_dict(),
                 AUTOEP_PARAM_LOGICAL_SHAPE: logical_shape,
-                AUTOEP_PARAM_EP_RANK: self.ep_rank,
-                AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(self.expert_placement_descriptor, self.ep_rank)),
+                AUTOEP_PARAM_EP_RANK: self.parallel.rank,
+                AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.parallel.rank)),
             }
             setattr(parameter, DS_AUTOEP_UC_META, metadata)
 
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None) -> None:
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
+    ) -> None:
         """Called by the engine: makes its groups, and checks that they are those that the layer travels over.
 
         Raises:
             ValueError: the configuration lays the ranks out in another way than ``ExpertParallel`` does.
         """
         if use_data_before_expert_parallel_:
-            raise ValueError("use_data_before_expert_parallelism=true: ExpertParallel gives neighbouring ranks one group; remove it")
+            raise ValueError(
+                "use_data_before_expert_parallelism=true: ExpertParallel gives neighbouring ranks one group; remove it"
+            )
         if folding_group_handles is not None:
             raise ValueError("tensor_parallel: a gatewright layer holds whole experts; remove it")
         super().set_deepspeed_parallelism(False, None)
-        mine = dist.get_process_group_ranks(self.parallel.group) if self.parallel.group is not None else [dist.get_rank()]
+        mine = (
+            dist.get_process_group_ranks(self.parallel.group) if self.parallel.group is not None else [dist.get_rank()]
+        )
         engines = dist.get_process_group_ranks(self.ep_group)
         if mine != engines:
             raise ValueError(
@@ -132,6 +159,17 @@ class DeepSpeedMoELayer(MoELayerCode, AutoEPMoELayer):
         return super().__call__(x, context)
 
 
+def _group_name(parallel: ExpertParallel) -> str:
+    return f"ep_size_{parallel.size}"
+
+
+def _placement(router: Router, parallel: ExpertParallel) -> dict[str, Any]:
+    """Which expert-parallel rank holds which experts, in DeepSpeed's words: contiguous blocks, as ``ExpertParallel``."""
+    return legacy_uniform_autoep_placement_descriptor(
+        router.num_experts, router.num_experts // parallel.size, parallel.size
+    )
+
+
 def holds_our_layers(engine: DeepSpeedEngine) -> bool:
     return any(isinstance(module, DeepSpeedMoELayer) for module in engine.module.modules())
 
@@ -144,7 +182,9 @@ def expert_parallel(model: nn.Module) -> ExpertParallel:
     """
     layouts = {(layer.parallel.size, layer.parallel.rank): layer.parallel for layer in moe_layers(model)}
     if len(layouts) > 1:
-        raise ValueError(f"MoE layers of one model at expert parallelism {sorted(size for size, _ in layouts)}: choose one for all")
+        raise ValueError(
+            f"MoE layers of one model at expert parallelism {sorted(size for size, _ in layouts)}: choose one for all"
+        )
     return next(iter(layouts.values()), ExpertParallel())
 
 
@@ -170,7 +210,11 @@ def _mend(name: str):
 
         @functools.wraps(original)
         def method(engine, *args, **kwargs):
-            return mended(engine, functools.partial(original, engine), *args, **kwargs) if holds_our_layers(engine) else original(engine, *args, **kwargs)
+            return (
+                mended(engine, functools.partial(original, engine), *args, **kwargs)
+                if holds_our_layers(engine)
+                else original(engine, *args, **kwargs)
+            )
 
         method._gatewright = True
         setattr(DeepSpeedEngine, name, method)
@@ -181,7 +225,9 @@ def _mend(name: str):
 
 @_mend("clip_fp32_gradients")
 def _clip_fp32_gradients(engine, original) -> None:
-    engine._global_grad_norm = clip_gradients(engine.module.parameters(), engine.gradient_clipping(), expert_parallel(engine.module))
+    engine._global_grad_norm = clip_gradients(
+        engine.module.parameters(), engine.gradient_clipping(), expert_parallel(engine.module)
+    )
 
 
 @_mend("_take_model_step")
@@ -190,6 +236,12 @@ def _take_model_step(engine, original, lr_kwargs) -> None:
     if in_float32 and engine.gradient_clipping() == 0:
         engine._global_grad_norm = grad_norm(engine.module.parameters(), expert_parallel(engine.module))
     original(lr_kwargs)
+
+
+@_mend("_configure_optimizer")
+def _configure_optimizer(engine, original, client_optimizer, model_parameters) -> None:
+    check_config(engine._config._param_dict)
+    original(client_optimizer, model_parameters)
 
 
 @_mend("_configure_fp16_optimizer")
@@ -206,7 +258,9 @@ def _configure_fp16_optimizer(engine, original, optimizer, low_precision_dtype):
                     master.copy_(model)
     wrapper.optimizer.state.clear()
     if isinstance(wrapper, FP16_UnfusedOptimizer):
-        wrapper.unscale_and_clip_grads = functools.partial(_unscale_and_clip_grads, engine, wrapper, wrapper.unscale_and_clip_grads)
+        wrapper.unscale_and_clip_grads = functools.partial(
+            _unscale_and_clip_grads, engine, wrapper, wrapper.unscale_and_clip_grads
+        )
     return wrapper
 
 
@@ -215,3 +269,37 @@ def _unscale_and_clip_grads(engine, wrapper, original, total_norm, apply_scale: 
     masters = [p for group in wrapper.fp32_groups for p in group]
     wrapper._global_grad_norm = float(grad_norm(models, expert_parallel(engine.module), [p.grad for p in masters]))
     return original(wrapper._global_grad_norm, apply_scale)
+
+
+@_mend("load_checkpoint")
+def _load_native_checkpoint(
+    engine,
+    original,
+    load_dir,
+    tag=None,
+    load_module_strict=True,
+    load_optimizer_states=True,
+    load_lr_scheduler_states=True,
+    load_module_only=False,
+    custom_load_fn=None,
+):
+    universal = engine.load_universal_checkpoint()
+    pointer = Path(load_dir) / ("latest_universal" if universal else "latest")
+    name = tag if tag is not None or not pointer.is_file() else pointer.read_text().strip()
+    if name is not None:
+        check_native_checkpoint(
+            engine,
+            [module for module in engine.module.modules() if isinstance(module, DeepSpeedMoELayer)],
+            Path(load_dir) / str(name),
+            weights_only=load_module_only or not load_optimizer_states,
+            universal=universal,
+        )
+    return original(
+        load_dir,
+        tag=tag,
+        load_module_strict=load_module_strict,
+        load_optimizer_states=load_optimizer_states,
+        load_lr_scheduler_states=load_lr_scheduler_states,
+        load_module_only=load_module_only,
+        custom_load_fn=custom_load_fn,
+    )
