@@ -47,13 +47,17 @@ class Run:
     def write(self, versions: dict[str, str]) -> None:
         """Makes the folder and writes ``run.json``, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, "model": self.model, "config": self.config, "options": self.options, "versions": versions}
+        content = self.content() | {"versions": versions}
         temporary = self.path / f".{FILE}.{os.getpid()}"
         with open(temporary, "w") as file:
             json.dump(content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path / FILE)
+
+    def content(self) -> dict[str, Any]:
+        """What tells another process what this is."""
+        return {"format": FORMAT, "model": self.model, "config": self.config, "options": self.options}
 
     def make_model(self) -> nn.Module:
         """The model, newly initialised, in plain PyTorch on one process."""
@@ -69,6 +73,15 @@ def read_run(path: Path) -> Run:
     file = Path(path) / FILE
     if not file.is_file():
         raise FileNotFoundError(f"{path} is no run: it has no {FILE}; give a folder that a recipe wrote")
+    return read_run_file(file)[0]
+
+
+def read_run_file(file: Path) -> tuple[Run, dict[str, Any]]:
+    """A ``run.json`` by whatever name, and all that it holds.
+
+    Raises:
+        ValueError: it is not what a recipe writes, or of a newer format.
+    """
     try:
         content = json.loads(file.read_text())
         given = content["format"]
@@ -77,7 +90,7 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): expected what a recipe writes") from None
     if given != FORMAT:
         raise ValueError(f"{file} has format {given}, and this gatewright reads {FORMAT}: use the version that wrote it")
-    return Run(path=Path(path), **fields)
+    return Run(path=file.parent, **fields), content
 
 
 def model_loader(name: str) -> Callable[[dict[str, Any]], nn.Module]:

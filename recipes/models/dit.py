@@ -17,8 +17,9 @@ parts have.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer
 from gatewright.routers import Routing, TokenContext, create_router
+from gatewright.tools.weights import load_model
 
 from .dit_config import DiTConfig
 
@@ -307,3 +309,24 @@ def _norm(dim: int) -> nn.LayerNorm:
 
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def load(config: Mapping[str, Any]) -> DiT:
+    """The model of a configuration out of JSON: what tools open runs by (``gatewright.tools.runs``)."""
+    return DiT(DiTConfig.from_dict(config))
+
+
+def load_dit(path: str | Path, *, weights: str | None = None) -> DiT:
+    """A trained model out of a run or an export, in plain PyTorch, all experts on this process.
+
+    Args:
+        weights: "ema" or "model"; by default a run's "ema", and what an export holds.
+
+    Raises:
+        FileNotFoundError: the folder is neither.
+        ValueError: a damaged or foreign folder, or one of another kind of model.
+    """
+    model, run = load_model(path, weights=weights)
+    if not isinstance(model, DiT):
+        raise ValueError(f'{path} holds a model "{run.model}": expected "dit"')
+    return model

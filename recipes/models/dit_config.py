@@ -158,7 +158,10 @@ class DiTConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"the DiT configuration lacks {', '.join(missing)}")
-        return cls(**{**values, "input_shape": tuple(values["input_shape"])})
+        try:
+            return cls(**{**values, "input_shape": tuple(values["input_shape"])})
+        except (TypeError, AttributeError) as error:  # what compares and divides numbers meets something else
+            raise ValueError(f"the DiT configuration {dict(values)} holds a value of a wrong kind: {error}") from None
 
 
 _BODY = {

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gatewright.tools.weights import differences
+
 from .dit import DiT
 from .dit_config import DENSE, DiTConfig
 
@@ -41,7 +43,6 @@ RENAMED = {
     ".mlp.shared_expert.down_proj.": ".mlp.shared.down.",
 }
 KEYS = {"ema": "ema_model_state_dict", "model": "model_state_dict"}
-NAMED = 6  # how many names an error lists
 
 
 def load_released(
@@ -217,22 +218,11 @@ def check_released(released: Mapping[str, Tensor], config: DiTConfig) -> None:
     """
     with torch.device("meta"):
         expected = to_released(DiT(config).state_dict(), config)
-    problems = []
-    for what, names in (
-        ("missing", expected.keys() - released.keys()),
-        ("unexpected", released.keys() - expected.keys()),
-    ):
-        if names:
-            problems.append(f"{what}: {_listed(names)}")
-    for name in sorted(expected.keys() & released.keys()):
-        if expected[name].shape != released[name].shape:
-            given, wanted = tuple(released[name].shape), tuple(expected[name].shape)
-            problems.append(f"{name} has shape {given}, expected {wanted}")
+    problems = differences(expected, released)
     if problems:
-        more = f"; {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ValueError(
             f"the weights do not fit a model of depth {config.depth}, width {config.dim}, {config.num_experts} routed "
-            f"experts and {config.num_classes} classes: {'; '.join(problems[:NAMED])}{more}"
+            f"experts and {config.num_classes} classes: {problems}"
         )
 
 
@@ -245,8 +235,3 @@ def _replace(name: str, table: Mapping[str, str]) -> str:
         if old in name:
             return name.replace(old, new)
     return name
-
-
-def _listed(names: set[str]) -> str:
-    shown = sorted(names)[:NAMED]
-    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
