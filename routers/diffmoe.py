@@ -120,5 +120,5 @@ class DiffMoERouter(Router):
 
     def update(self, stats: dict[str, Tensor]) -> None:
         quantile_E = (stats["quantile"] / stats["pools"].clamp(min=1)).to(self.threshold.dtype)
-        step = (1 - self.threshold_decay) * (stats["pools"] > 0)
-        self.threshold.lerp_(quantile_E, step.to(self.threshold.dtype))
+        moves = (stats["pools"] > 0).to(self.threshold.dtype)
+        self.threshold.lerp_(quantile_E, (1 - self.threshold_decay) * moves)

@@ -110,8 +110,8 @@ class RaceRouter(Router):
 
     def update(self, stats: dict[str, Tensor]) -> None:
         cut = (stats["cut"] / stats["pools"].clamp(min=1)).to(self.threshold.dtype)
-        step = (1 - self.threshold_decay) * (stats["pools"] > 0)
-        self.threshold.lerp_(cut, step.to(self.threshold.dtype))
+        moves = (stats["pools"] > 0).to(self.threshold.dtype)
+        self.threshold.lerp_(cut, (1 - self.threshold_decay) * moves)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

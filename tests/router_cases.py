@@ -1,0 +1,94 @@
+"""Every listed router by its own example, and options that change how one decides: what the router tests run over."""
+
+import torch
+from torch import Tensor
+
+from gatewright.routers import Router, Routing, TokenContext, create_router, list_routers, router_class
+
+_OPTIONS = {
+    "topk": [
+        {"top_k": 1, "renormalise": True},
+        {"top_k": 4},
+        {"softmax_after": True},
+        {"score": "sigmoid", "renormalise": True, "scale": 2.5, "bias_rate": 1e-3, "num_groups": 2, "z_weight": 1e-3},
+        {"score": "sigmoid", "balance_weight": 0.1},
+        {"capacity_factor": 0.75, "balance_weight": 0.1, "z_weight": 0.1},
+        {"capacity_factor": 0.75, "drop_policy": "probability", "jitter": 0.1},
+        {"num_experts": 1, "top_k": 1, "balance_weight": 0.1},
+    ],
+    "promoe": [
+        {"gate": "softmax", "top_k": 3},
+        {"gate": "sigmoid", "top_k": 4, "unconditional": False},
+        {"selection": "expert_choice"},
+        {"selection": "expert_choice", "gate": "softmax", "top_k": 2},
+        {"num_experts": 1},
+    ],
+    "expert_choice": [{"pool": "batch", "top_k": 1.5}, {"top_k": 4.0}, {"num_experts": 1, "top_k": 1.0}],
+    "diffmoe": [{"inference": "token", "top_k": 0.75}, {"num_experts": 1, "top_k": 1.0}],
+    "race": [
+        {"gate": "softmax", "top_k": 1.5},
+        {"gate": "sigmoid", "prediction_dim": 3, "similarity_weight": 0.5},
+        {"num_experts": 1, "top_k": 1.0},
+    ],
+}
+
+
+class Case:
+    """A router's name with options, and the context of its example."""
+
+    def __init__(self, name: str, **options) -> None:
+        cls, preset = router_class(name)
+        example, self.context = cls.example()
+        self.name = name
+        # what a preset sets is what makes it that strategy
+        self.options = {k: v for k, v in example.items() if k not in preset} | options
+        self.width = example["dim"]
+
+    def __repr__(self) -> str:
+        example = router_class(self.name)[0].example()[0]
+        changed = [f"{k}={v}" for k, v in self.options.items() if example.get(k) != v]
+        return "-".join([self.name, *changed])
+
+    def create(self, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> Router:
+        torch.manual_seed(seed)
+        router = create_router(self.name, **self.options | options)
+        with torch.no_grad():
+            for parameter in router.parameters():  # so large that no two experts are nearly equal
+                parameter.normal_()
+        return router.to(dtype)
+
+    def tokens(self, context: TokenContext | None = None, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+        count = (context or self.context).num_tokens
+        return torch.randn(count, self.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+            dtype
+        )
+
+
+LISTED = [Case(name) for name in list_routers()]
+CASES = LISTED + [Case(name, **options) for name, several in _OPTIONS.items() for options in several]
+
+
+def resized(context: TokenContext, batch_size: int, length: int, **fields) -> TokenContext:
+    """The context for other shapes: samples are repeated, every per-token field is dropped."""
+    which = torch.arange(batch_size) % max(context.batch_size, 1)
+    null_mask = None if context.null_mask is None else context.null_mask[which]
+    fields = {"null_mask": null_mask, "seed": 0, "step": 0, "sample_id": torch.arange(batch_size)} | fields
+    return TokenContext(batch_size=batch_size, length=length, **fields)
+
+
+def dense(routing: Routing) -> Tensor:
+    """The weights [T, E], NaN where there is no assignment, so that a pair of weight 0 still differs from none."""
+    token, expert, weight = routing.as_list()
+    return weight.new_full((routing.num_tokens, routing.bank_size), torch.nan).index_put((token, expert), weight)
+
+
+def assert_same(actual, expected, what: str, tolerance: float = 1e-6) -> None:
+    """Equal up to ``tolerance``, NaN equal to NaN; dictionaries by key."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), what
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{what} {key}", tolerance)
+    elif expected is not None:
+        torch.testing.assert_close(
+            actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda message: f"{what}: {message}"
+        )
