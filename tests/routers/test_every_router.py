@@ -201,7 +201,7 @@ def test_dtypes(case, training):
 @every_case
 @both_modes
 def test_declared_independence_is_true(case, training):
-    """Of other samples, and of later tokens of the own sample: declared so it never is, and not declared so it shows."""
+    """Of other samples, and of later tokens of the own sample: where it is declared, and only there."""
     context = resized(case.context, 3, 12, null_mask=torch.zeros(3, dtype=torch.bool))
     router = case.create().train(training)
     if router.stateful and not training:

@@ -38,9 +38,8 @@ def test_null_samples_go_to_the_local_expert_alone_whatever_the_classes(selectio
     assert (expert[null] == E).all() and (weight[null] == 1).all()
     assert token[null].tolist() == [*range(L, 2 * L), *range(4 * L, 5 * L)], "each once"
     assert (expert[~null] < E).all()
-    assert (
-        not weight[null].requires_grad or torch.autograd.grad(weight[null].sum(), router.prototypes)[0].abs().sum() == 0
-    )
+    weight[null].sum().backward()
+    assert (router.prototypes.grad == 0).all(), "their weight is a constant"
 
 
 @both_selections
@@ -200,28 +199,6 @@ def test_scores_show_who_is_eligible():
     assert torch.equal(routing.scores[null], torch.eye(E + 1, dtype=x.dtype)[E].expand(int(null.sum()), -1))
     assert (routing.scores[~null, E] == 0).all() and (routing.scores[~null, :E] > 0).all()
     assert routing.logits[~null, E].eq(-torch.inf).all() and routing.logits[null, :E].eq(-torch.inf).all()
-
-
-def test_the_contrastive_loss_separates_experts():
-    """The geometry that the paper claims, in small: with the loss, prototypes turn apart and every expert keeps tokens."""
-
-    def train(weight):
-        torch.manual_seed(0)
-        router = create_router("promoe", dim=D, num_experts=E, contrastive_weight=1.0, unconditional=False)
-        optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
-        means = torch.randn(E, D)
-        for _ in range(60):
-            x = (means + 0.7 * torch.randn(64, E, D) + 1.0).flatten(0, 1)
-            routing = router(x)
-            optimizer.zero_grad()
-            (weight * routing.loss - routing.weight.mean()).backward()
-            optimizer.step()
-        p = F.normalize(router.prototypes.detach(), dim=1)
-        off_diagonal = ((p @ p.T).sum() - E) / (E * (E - 1))
-        return off_diagonal.item(), (routing.load_E() / routing.load_E().sum()).min().item()
-
-    (with_loss, share), (without, _) = train(1.0), train(0.0)
-    assert with_loss < 0.0 < without and share > 0.05
 
 
 @pytest.mark.parametrize(
