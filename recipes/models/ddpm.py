@@ -16,7 +16,7 @@ Sources: Ho et al., arXiv:2006.11239; Nichol and Dhariwal, arXiv:2102.09672, and
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from gatewright.recipes.data.draw import Draw
 
 from .dit_config import DiTConfig
-from .objective import Model, Objective, Scored
+from .objective import PREDICTION_WEIGHT, Model, Objective, Scored
 
 STEPS = 1000
 BETAS = (1e-4, 0.02)
@@ -58,13 +58,20 @@ class Schedule:
 class DDPM(Objective):
     """
     Args:
+        config, prediction_weight: see ``Objective``.
         sampler: "ddim", which needs fewer steps, or "ancestral".
     """
 
     name = "ddpm"
 
-    def __init__(self, config: DiTConfig, *, sampler: Literal["ddim", "ancestral"] = "ddim", **options: Any) -> None:
-        super().__init__(config, **options)
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        prediction_weight: float = PREDICTION_WEIGHT,
+        sampler: Literal["ddim", "ancestral"] = "ddim",
+    ) -> None:
+        super().__init__(config, prediction_weight=prediction_weight)
         if sampler not in ("ddim", "ancestral"):
             raise ValueError(f'sampler="{sampler}": choose "ddim" or "ancestral"')
         self.sampler = sampler

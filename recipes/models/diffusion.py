@@ -9,6 +9,7 @@ An objective is a file: ``flow.py``, ``ddpm.py``; what they share is ``objective
 """
 
 import difflib
+import inspect
 from typing import Any
 
 import torch
@@ -34,12 +35,16 @@ def create_objective(name: str, config: DiTConfig, **options: Any) -> Objective:
         options: of the objective, see its class.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name or option.
     """
     if name not in OBJECTIVES:
         close = difflib.get_close_matches(name, OBJECTIVES)
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(OBJECTIVES)}"
         raise ValueError(f'unknown objective "{name}": {hint}')
+    known = list(inspect.signature(OBJECTIVES[name].__init__).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f'objective "{name}" takes no {option}: it has {", ".join(known)}')
     return OBJECTIVES[name](config, **options)
 
 

@@ -22,12 +22,22 @@ from Expert Race, arXiv:2503.16057, table 4, here in every second block.
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from gatewright.routers import router_class
 
 DENSE = "dense"
+# what a field's annotation admits; what comes out of JSON may be anything
+KINDS = {
+    int: int,
+    float: int | float,
+    bool: bool,
+    str: str,
+    tuple[int, int, int]: tuple,
+    Mapping[str, Any]: Mapping,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +86,11 @@ class DiTConfig:
     moe_every: int = 2
 
     def __post_init__(self) -> None:
-        if len(self.input_shape) != 3 or min(self.input_shape) < 1:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), KINDS[field.type]
+            if not isinstance(value, kind) or (isinstance(value, bool) and field.type is not bool):
+                raise ValueError(f"{field.name}={value!r}: expected {getattr(field.type, '__name__', field.type)}")
+        if len(self.input_shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.input_shape):
             raise ValueError(f"input_shape={self.input_shape}: give (channels, height, width), each at least 1")
         for name in ("num_classes", "patch", "dim", "depth", "heads", "moe_every"):
             if getattr(self, name) < 1:
@@ -93,7 +107,7 @@ class DiTConfig:
             raise ValueError(f"heads={self.heads} does not divide dim={self.dim}: choose a divisor of it")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout={self.label_dropout}: choose 0 to 1")
-        if self.mlp_ratio * self.dim < 1:
+        if not 1 <= self.mlp_ratio * self.dim < math.inf:
             raise ValueError(f"mlp_ratio={self.mlp_ratio}: choose a positive number, 4 in the papers")
         self._check_experts()
 
@@ -110,6 +124,8 @@ class DiTConfig:
                 f"num_experts={self.num_experts}, top_k={self.top_k}, expert_hidden={self.expert_hidden}: "
                 "all must be positive, and top_k at most num_experts"
             )
+        if self.top_k == int(self.top_k):
+            object.__setattr__(self, "top_k", int(self.top_k))  # routers that count experts a token want a whole number
         if json.loads(json.dumps(self.router_options, default=repr)) != self.router_options:
             raise ValueError(f"router_options={self.router_options}: give only what JSON can hold")
 
@@ -158,10 +174,8 @@ class DiTConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"the DiT configuration lacks {', '.join(missing)}")
-        try:
-            return cls(**{**values, "input_shape": tuple(values["input_shape"])})
-        except (TypeError, AttributeError) as error:  # what compares and divides numbers meets something else
-            raise ValueError(f"the DiT configuration {dict(values)} holds a value of a wrong kind: {error}") from None
+        shape = values["input_shape"]
+        return cls(**{**values, "input_shape": tuple(shape) if isinstance(shape, list) else shape})
 
 
 _BODY = {

@@ -25,6 +25,7 @@ from gatewright.routers import Routing
 from .dit import patches
 from .dit_config import DiTConfig
 
+PREDICTION_WEIGHT = 0.1  # the paper's was not seen
 Model = Callable[..., tuple[Tensor, list[Routing]]]
 
 
@@ -74,7 +75,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, config: DiTConfig, *, prediction_weight: float = 0.1) -> None:
+    def __init__(self, config: DiTConfig, *, prediction_weight: float = PREDICTION_WEIGHT) -> None:
         if prediction_weight < 0:
             raise ValueError(f"prediction_weight={prediction_weight}: choose 0 or more")
         self.config, self.prediction_weight = config, prediction_weight

@@ -122,6 +122,10 @@ def infer_config(released: Mapping[str, Tensor], *, heads: int | None = None, **
         ValueError: a key that is needed is not there, or ``heads`` cannot be known.
     """
     needed = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed"]
+    routed = [int(match[1]) for name in released if (match := re.match(r"blocks\.(\d+)\.mlp\.cluster_centers", name))]
+    if routed:
+        mlp = f"blocks.{min(routed)}.mlp"
+        needed.append(f"{mlp}.experts.0.up_proj.weight")
     missing = [name for name in needed if name not in released]
     depth = 1 + max((int(match[1]) for name in released if (match := re.match(r"blocks\.(\d+)\.", name))), default=-1)
     if missing or not depth:
@@ -143,9 +147,7 @@ def infer_config(released: Mapping[str, Tensor], *, heads: int | None = None, **
     }
     if "blocks.0.mlp.fc1.weight" in released:
         values["mlp_ratio"] = released["blocks.0.mlp.fc1.weight"].shape[0] / dim
-    routed = [index for index in range(depth) if f"blocks.{index}.mlp.cluster_centers" in released]
     if routed:
-        mlp = f"blocks.{routed[0]}.mlp"
         num_experts = released[f"{mlp}.cluster_centers"].shape[0]
         values |= {
             "router": "promoe",
@@ -154,7 +156,7 @@ def infer_config(released: Mapping[str, Tensor], *, heads: int | None = None, **
             "top_k": 1,
             "expert_hidden": released[f"{mlp}.experts.0.up_proj.weight"].shape[0],
             "shared_expert": f"{mlp}.shared_expert.up_proj.weight" in released,
-            "moe_every": routed[0] + 1,
+            "moe_every": min(routed) + 1,
         }
     return DiTConfig.from_dict(values | overrides)
 

@@ -115,6 +115,11 @@ def test_refusals(size, router, overrides, message):
         dit_config(size, router, **overrides)
 
 
+def test_a_whole_top_k_is_an_integer():
+    assert isinstance(dit_config("tiny", "topk", top_k=2.0).top_k, int)
+    assert dit_config("tiny", "diffmoe", top_k=1.5).top_k == 1.5
+
+
 def test_a_configuration_that_lacks_something():
     values = dit_config("tiny", "promoe").as_dict()
     del values["dim"]
