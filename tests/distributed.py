@@ -9,9 +9,9 @@
     def test_sum(ranks):
         assert ranks(2).run(check_sum, 5) == [11, 11]
 
-``ranks(n)`` is n processes on gloo, one thread each, the same for every test of the session. ``run`` returns what the check
-returned on each rank, and raises what it raised on the first that failed; the others are then ended and started anew for the next
-check, since they may be waiting for it.
+``ranks(n)`` is n processes on gloo, one thread each, the same for every test of the session. ``run`` returns what the
+check returned on each rank, and raises what it raised on the first that failed; the others are then ended and started
+anew for the next check, since they may be waiting for it.
 """
 
 from __future__ import annotations
@@ -148,6 +148,9 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, output: str) -> No
     }
     # where pip put ninja, which DeepSpeed looks for on the path
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if os.access(sys.prefix, os.W_OK):
+        # what DeepSpeed compiles fits one environment: two that share the default folder compile again and again
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     import torch
 
     torch.set_num_threads(1)

@@ -89,6 +89,8 @@ def save_checkpoint(
     except OSError:
         if _rank() == 0:
             shutil.rmtree(saving, ignore_errors=True)
+        if _world() > 1:
+            dist.barrier()
         raise
 
 
@@ -126,7 +128,7 @@ def load_checkpoint(engine: Any, path: str | Path) -> dict[str, Any]:
     return manifest["extra"]
 
 
-# ---- what is written ----------------------------------------------------------------------------------------------------
+# ---- what is written -------------------------------------------------------------------------------------------------
 
 
 def _write_tensors(engine: Any, writer: ShardWriter) -> None:
@@ -231,7 +233,7 @@ def _check_can_save(engine: Any, extra: dict[str, Any], keep: int) -> None:
         raise ValueError("the routers' statistics of this step would be lost: call finish_step(engine.module) first")
 
 
-# ---- what is read -------------------------------------------------------------------------------------------------------
+# ---- what is read ----------------------------------------------------------------------------------------------------
 
 
 def _check_same_model(saved: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
@@ -368,7 +370,7 @@ def _refuse_average(engine: Any, what: str) -> None:
         )
 
 
-# ---- ranks --------------------------------------------------------------------------------------------------------------
+# ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
 def _rank() -> int:

@@ -122,7 +122,8 @@ def _places(optimizer: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     else:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                yield id(parameter), _whole(parameter, parameter, 0)
+                if parameter.requires_grad:
+                    yield id(parameter), _whole(parameter, parameter, 0)
 
 
 def _fragments(optimizer: Any, groups: list, flats: list[Tensor]) -> Iterator[tuple[int, dict[str, Any]]]:
