@@ -9,11 +9,14 @@ however they were spread. ``--out`` is there whole or not at all.
 import argparse
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..moe.hosts.checkpoint_files import flush_to_disk, write_text
+from .runs import Run
 from .weights import CONFIG, KINDS, WEIGHTS, Source, describe, read_weights
 
 
@@ -28,24 +31,38 @@ def export(run: Path, out: Path, *, weights: str | None = None) -> Source:
         ValueError: ``out`` holds something, or the run cannot be read (``weights.load_model``).
         OSError: ``out`` cannot be written; nothing stays of it.
     """
+    check_free(out)
+    state, found, source = read_weights(run, weights=weights)
+    write_export(out, state, found, source)
+    return source
+
+
+def check_free(out: Path) -> None:
+    """
+    Raises:
+        ValueError: ``out`` holds something.
+    """
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder, or empty it")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a new folder")
-    state, found, source = read_weights(run, weights=weights)
+
+
+def write_export(out: Path, state: Mapping[str, Tensor], run: Run, source: Source) -> None:
+    """Writes a checked state dict and what rebuilds its model; ``out`` is there whole or not at all."""
+    check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         partial.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / WEIGHTS, {"format": "pt"})
         flush_to_disk(partial / WEIGHTS)
-        write_text(partial / CONFIG, describe(found, source))
+        write_text(partial / CONFIG, describe(run, source))
         shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets nobody else read what it writes
         os.replace(partial, out)
         flush_to_disk(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

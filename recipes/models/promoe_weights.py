@@ -15,6 +15,9 @@ can run no code.
 
     model = load_released("ckpt_step_500000.pth")
     save_released(model.state_dict(), model.config, "back.safetensors")
+
+    python -m gatewright.recipes.models.promoe_weights ckpt_step_500000.pth FOLDER      makes an export
+    python -m gatewright.recipes.models.promoe_weights RUN back.safetensors             takes a run or an export
 """
 
 import os
@@ -29,9 +32,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gatewright.tools.weights import differences
+from gatewright.recipes.console import MISTAKES, Parser, describe, fail
+from gatewright.tools.export import check_free, write_export
+from gatewright.tools.runs import Run
+from gatewright.tools.weights import Source, differences
 
-from .dit import DiT
+from .dit import DiT, count_parameters, load_dit
 from .dit_config import DENSE, DiTConfig
 
 HEADS = {384: 6, 768: 12, 960: 16, 1024: 16, 1152: 16}  # by width, in the released configurations
@@ -42,6 +48,9 @@ RENAMED = {
     ".mlp.shared_expert.up_proj.": ".mlp.shared.up.",
     ".mlp.shared_expert.down_proj.": ".mlp.shared.down.",
 }
+PROGRAM = "promoe_weights"
+# what the released weights were trained for; the file does not tell at which step
+RELEASED_OPTIONS = {"objective": "flow", "data": "latents:imagenet"}
 KEYS = {"ema": "ema_model_state_dict", "model": "model_state_dict"}
 
 
@@ -237,3 +246,30 @@ def _replace(name: str, table: Mapping[str, str]) -> str:
         if old in name:
             return name.replace(old, new)
     return name
+
+
+def main(argv: list[str] | None = None) -> None:
+    """From a released file to an export, or from a run or an export to a released file."""
+    parser = Parser(prog=PROGRAM, description=main.__doc__)
+    parser.add_argument("source", type=Path, help="a .safetensors or .pth file, or the folder of a run or an export")
+    parser.add_argument("out", type=Path, help="a new folder for a file, a .safetensors or .pth file for a folder")
+    parser.add_argument("--weights", default="ema", help='"ema" (default) or "model"')
+    parser.add_argument("--heads", type=int, help="attention heads, for a file of a width that was not released")
+    args = parser.parse_args(argv)
+    try:
+        if args.source.is_dir():
+            model = load_dit(args.source, weights=args.weights)
+            save_released(model.state_dict(), model.config, args.out)
+        else:
+            check_free(args.out)
+            model = load_released(args.source, weights=args.weights, heads=args.heads)
+            run = Run(path=args.out, model="dit", config=model.config.as_dict(), options=dict(RELEASED_OPTIONS))
+            write_export(args.out, model.state_dict(), run, Source(args.weights, 0))
+    except MISTAKES as error:
+        fail(PROGRAM, describe(error))
+    total, activated = count_parameters(model.config)
+    print(f"{args.out}: router {model.config.router}, {total / 1e6:.1f}M parameters, {activated / 1e6:.1f}M activated")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,8 @@ import torch
 from made_run import opened, small_config
 from safetensors.torch import save_file
 
-from gatewright.recipes.models.dit import DiT, count_parameters
+from gatewright.recipes.models import promoe_weights
+from gatewright.recipes.models.dit import DiT, count_parameters, load_dit
 from gatewright.recipes.models.dit_config import DiTConfig, dit_config
 from gatewright.recipes.models.promoe_weights import (
     from_released,
@@ -159,3 +160,31 @@ def test_models_without_released_names(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.safetensors or \.pth"):
         save_released(DiT(dense).state_dict(), dense, tmp_path / "weights.bin")
     assert not list(tmp_path.iterdir())
+
+
+def test_as_a_program(tmp_path, capsys):
+    config = CONFIGS["promoe"]
+    model = opened(DiT(config))
+    save_released(model.state_dict(), config, tmp_path / "released.pth")
+    promoe_weights.main([str(tmp_path / "released.pth"), str(tmp_path / "export"), "--heads", str(config.heads)])
+    assert "router promoe" in capsys.readouterr().out
+    assert same(load_dit(tmp_path / "export").state_dict(), model.state_dict())
+    promoe_weights.main([str(tmp_path / "export"), str(tmp_path / "back.safetensors")])
+    assert same(read_released(tmp_path / "back.safetensors"), read_released(tmp_path / "released.pth"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("released.pth", "export"), "give heads="),
+        (("nowhere.pth", "export"), "nowhere.pth: No such file"),
+        (("released.pth", "full", "--heads", "4"), "is not empty"),
+        ((".", "back.pth"), "is no run"),
+    ],
+)
+def test_as_a_program_says_what_is_wrong(tmp_path, capsys, words, message):
+    save_released(DiT(CONFIGS["promoe"]).state_dict(), CONFIGS["promoe"], tmp_path / "released.pth")
+    (tmp_path / "full" / "of").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        promoe_weights.main([str(tmp_path / words[0]), str(tmp_path / words[1]), *words[2:]])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
