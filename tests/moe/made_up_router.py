@@ -1,4 +1,4 @@
-"""A router of every kind of expert and every layout, and the layer's definition as a loop over tokens."""
+"""Routers that tests of the layer make up, and the layer's definition as a loop over tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,26 @@ class MadeUpRouter(Router):
         if self.layout == "list":
             return routing
         return routing.replace(rows=torch.einsum("nd,nde->ne", x[token], self.mixers[expert]).tanh())
+
+
+class Counting(Router):
+    """Reports numbers that the context's timestep sets, under every reduction."""
+
+    evidence = "paper"
+    reductions = {"total": "sum", "average": "mean", "highest": "max", "whole": "mean"}
+
+    def __init__(self) -> None:
+        super().__init__(num_experts=1)
+        self.seen = []
+
+    def forward(self, x, context):
+        value = context.timestep[:2]
+        stats = {"total": value, "average": value, "highest": value, "whole": value.long()}
+        index = torch.zeros(len(x), 1, dtype=torch.int64)
+        return Routing.from_topk(index, torch.ones(len(x), 1), bank_size=1, stats=stats)
+
+    def update(self, stats):
+        self.seen.append({name: value.tolist() for name, value in stats.items()})
 
 
 def one_expert(layer: MoELayer, expert: int, row: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from made_up_router import KINDS, MadeUpRouter, token_by_token
+from made_up_router import KINDS, Counting, MadeUpRouter, token_by_token
 from router_cases import CASES, LISTED, assert_same, resized
 from torch import nn
 
@@ -211,26 +211,6 @@ def test_a_routing_of_nothing_is_refused():
 
     with pytest.raises(ValueError, match="this routing holds no assignments"):
         MoELayer(Nothing(num_experts=2), ExpertSpec(D, H))(tokens(dtype=torch.float32))
-
-
-class Counting(Router):
-    """Reports numbers that the context's timestep sets, under every reduction."""
-
-    evidence = "paper"
-    reductions = {"total": "sum", "average": "mean", "highest": "max", "whole": "mean"}
-
-    def __init__(self) -> None:
-        super().__init__(num_experts=1)
-        self.seen = []
-
-    def forward(self, x, context):
-        value = context.timestep[:2]
-        stats = {"total": value, "average": value, "highest": value, "whole": value.long()}
-        index = torch.zeros(len(x), 1, dtype=torch.int64)
-        return Routing.from_topk(index, torch.ones(len(x), 1), bank_size=1, stats=stats)
-
-    def update(self, stats):
-        self.seen.append({name: value.tolist() for name, value in stats.items()})
 
 
 def test_statistics_add_up_over_micro_batches_and_start_anew():
