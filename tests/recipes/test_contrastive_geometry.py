@@ -42,9 +42,9 @@ def test_every_run_starts_at_the_zero_predictor(variant, data):
 def after_100_steps(data, variant: str, *seeds: int) -> dict[str, float]:
     """The geometry, averaged over the seeds.
 
-    Measured with seeds 0 to 4: centroid cosine 0.17, 0.32, 0.30, 0.18, 0.13 with the loss (0.16 and 0.05 for seeds 1 and
-    2 after 300 steps), and 0.32, 0.36, 0.43, 0.29, 0.50 without; prototype cosine below -0.11 with it and above -0.04
-    without; smallest share above 0.06 with it, and 0.013, 0.032, 0.043, 0.008, 0.004 without.
+    Measured with seeds 0 to 4: centroid cosine 0.17, 0.32, 0.30, 0.18, 0.13 with the loss (0.16 and 0.05 for seeds 1
+    and 2 after 300 steps), and 0.32, 0.36, 0.43, 0.29, 0.50 without; prototype cosine below -0.11 with it and above
+    -0.04 without; smallest share above 0.06 with it, and 0.013, 0.032, 0.043, 0.008, 0.004 without.
     """
     objective = create_objective("flow", toy.toy_config(variant, data))
     images, labels = data.validation.images(range(len(data.validation))), data.validation.labels
