@@ -36,7 +36,8 @@ def expert_mlp(
 
     Under autocast x and the parameters are cast to its dtype, as for F.linear; otherwise they have one dtype. The
     result has that dtype. Routing weights stay float32 (float64 where x is) and so does their gradient; half types
-    are summed over a token's rows in float32.
+    are summed over a token's rows in float32 (on ``cpu``, where rows are combined, each weight is rounded to the
+    result's dtype first). Differentiable once; ``backend="reference"`` as often as one likes.
 
     Args:
         x: [T, D] tokens, or the sorted rows themselves where ``token`` is None (then N = T).

@@ -258,6 +258,30 @@ def test_keeps_tokens_and_pre_activations_only(backend, dtype, activation):
     assert sum(routing) <= 8 * (2 * num_rows + len(case.counts))
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_half_types_are_combined_in_float32(backend):
+    num_rows = 700
+    x, token = torch.ones(1, 8, dtype=torch.bfloat16), torch.zeros(num_rows, dtype=torch.int64)
+    w = torch.eye(8, dtype=torch.bfloat16)[None]
+    out = expert_mlp(
+        x, w, w, None, None, torch.tensor([num_rows]), token=token, combine=True, activation="relu", backend=backend
+    )
+    assert out.tolist() == [[700.0] * 8]  # one by one in bfloat16, the sum would stay at 256
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("variant", ["rows", "gather", "combine"])
+def test_no_tokens_at_all(backend, variant):
+    case = Case([0, 0], variant=variant)
+    leaves, _, dy = Case([0, 0], variant="rows").tensors(torch.float32)
+    token = None if variant == "rows" else torch.zeros(0, dtype=torch.int64)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = case.call(leaves, token, backend)
+    assert out.shape == (0, 8)
+    out.backward(dy)
+    assert all(not leaf.grad.any() for leaf in leaves)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_without_gradients_the_value_is_the_same(backend):
     case = Case([9, 0, 40])
