@@ -166,4 +166,4 @@ def _is_off(value: Any) -> bool:
             return not value["enabled"]
         if "device" in value:
             return value["device"] in (None, "none")
-    return value in _OFF
+    return value is not True and value in _OFF

@@ -14,6 +14,7 @@ Before it reads anything, a checkpoint is refused that
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .deepspeed_checkpoint import _agree
 
 INSTEAD = "use save_checkpoint and load_checkpoint of gatewright.moe.hosts.deepspeed, which fit every layout"
 ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+_MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
@@ -92,9 +94,9 @@ def _restricted(file: Path) -> Any:
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     """What the checkpoint says about each MoE layer."""
-    files = sorted(folder.glob("*mp_rank_*_model_states.pt"))
+    files = sorted(file for file in folder.glob("*.pt") if _MODEL_STATES.fullmatch(file.name))
     if not files:
-        raise ValueError(f"{folder} holds no *mp_rank_*_model_states.pt: it is no DeepSpeed checkpoint")
+        raise ValueError(f"{folder} holds no mp_rank_*_model_states.pt: it is no DeepSpeed checkpoint")
     state = _restricted(files[0])
     layers = state.get("ds_autoep_layers")
     if not layers:
