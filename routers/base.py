@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,11 @@ ENTRY_POINTS = "gatewright.routers"
 def router_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a router computes: float64 where x is, else float32, whatever autocast says."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the dtype of x, whatever its parameters were cast to."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 class Attention(Protocol):

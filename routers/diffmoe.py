@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Router, Routing, TokenContext, register_router, router_dtype
+from .base import Router, Routing, TokenContext, apply_linear, register_router, router_dtype
 from .selection import experts_take, tokens_per_expert
 
 
@@ -79,16 +79,14 @@ class DiffMoERouter(Router):
         return self.batch_independent
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        dtype = router_dtype(x_TD)
+        dtype, real_T = router_dtype(x_TD), context.real_T
         x_TD = x_TD.to(dtype)
-        real_T = (
-            torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device) if context.real_T is None else context.real_T
-        )
+        if real_T is None:
+            real_T = torch.ones(len(x_TD), dtype=torch.bool, device=x_TD.device)
         logits_TE = F.linear(x_TD, self.weight.to(dtype))
         scores_TE = logits_TE.softmax(-1)
-        hidden, out = self.predictor[0], self.predictor[2]
-        prediction_TE = F.silu(F.linear(x_TD.detach(), hidden.weight.to(dtype), hidden.bias.to(dtype)))
-        prediction_TE = F.linear(prediction_TE, out.weight.to(dtype), out.bias.to(dtype))
+        hidden, activation, out = self.predictor
+        prediction_TE = apply_linear(out, activation(apply_linear(hidden, x_TD.detach())))
         chance_TE = prediction_TE.detach().sigmoid()
 
         losses, stats = {}, {}

@@ -62,11 +62,10 @@ class ExpertChoiceRouter(Router):
         logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         scores_TE = logits_TE.softmax(-1)
         groups = (context.batch_size, context.length) if self.pool == "sample" else (1, context.num_tokens)
-        real_GM = (
-            torch.ones(groups, dtype=torch.bool, device=x_TD.device)
-            if context.real_T is None
-            else context.real_T.view(groups)
-        )
+        if context.real_T is None:
+            real_GM = torch.ones(groups, dtype=torch.bool, device=x_TD.device)
+        else:
+            real_GM = context.real_T.view(groups)
         k_G = tokens_per_expert(real_GM.sum(1), self.num_experts, self.top_k)
         taken_GME = experts_take(scores_TE.unflatten(0, groups), k_G[:, None].expand(-1, self.num_experts), real_GM)
         return Routing.from_mask(taken_GME.flatten(0, 1), scores_TE, logits=logits_TE, scores=scores_TE)

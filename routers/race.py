@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Router, Routing, TokenContext, register_router, router_dtype
+from .base import Router, Routing, TokenContext, apply_linear, register_router, router_dtype
 from .losses import similarity_loss
 
 
@@ -78,13 +78,13 @@ class RaceRouter(Router):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         dtype, real_T = router_dtype(x_TD), context.real_T
-        hidden_TD = F.gelu(_linear(self.hidden, x_TD.to(dtype)))
-        logits_TE = _linear(self.out, hidden_TD)
+        hidden_TD = F.gelu(apply_linear(self.hidden, x_TD.to(dtype)))
+        logits_TE = apply_linear(self.out, hidden_TD)
         scores_TE = logits_TE.softmax(-1)
         gates_TE = {"identity": logits_TE, "sigmoid": logits_TE.sigmoid(), "softmax": scores_TE}[self.gate]
-        running_TE = (
-            gates_TE.detach() if real_T is None else gates_TE.detach().masked_fill(~real_T[:, None], -torch.inf)
-        )
+        running_TE = gates_TE.detach()
+        if real_T is not None:
+            running_TE = running_TE.masked_fill(~real_T[:, None], -torch.inf)
 
         losses, stats = {}, {}
         if self.training:
@@ -93,7 +93,7 @@ class RaceRouter(Router):
                 losses["similarity"] = self.similarity_weight * similarity_loss(scores_TE, won_TE, real_T)
         else:
             won_TE = running_TE >= self.threshold.to(dtype)
-        prediction = None if self.head is None else _linear(self.head, hidden_TD)
+        prediction = None if self.head is None else apply_linear(self.head, hidden_TD)
         return Routing.from_mask(
             won_TE, gates_TE, logits=logits_TE, scores=scores_TE, prediction=prediction, losses=losses, stats=stats
         )
@@ -112,7 +112,3 @@ class RaceRouter(Router):
         cut = (stats["cut"] / stats["pools"].clamp(min=1)).to(self.threshold.dtype)
         moves = (stats["pools"] > 0).to(self.threshold.dtype)
         self.threshold.lerp_(cut, (1 - self.threshold_decay) * moves)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

@@ -74,6 +74,22 @@ def test_equals_its_definition(backend, layout, activation, bias, flat):
     assert used == {"routed", "local", "copy", "constant"}, "the router offers every kind"
 
 
+@layouts
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_backends_agree_in_float32(backend, layout):
+    """Also ``torch``, the GPU's, which takes widths of 16 bytes only and nothing beyond the rows that are counted."""
+    x = torch.randn(B, L, 8)
+    context = TokenContext.for_tokens(x, padding_mask=torch.arange(L)[None] < torch.tensor([7, 0, 4])[:, None])
+    results = []
+    for name in ("reference", backend):
+        torch.manual_seed(0)
+        spec = ExpertSpec(8, 12, bias=True, init_std=0.5)
+        layer = MoELayer(MadeUpRouter(dim=8, layout=layout), spec, shared=FeedForward(spec), backend=name)
+        results.append(gradients(layer, lambda x, layer=layer: layer(x, context)[0], x))
+    assert_same(results[1][0], results[0][0], "output", 1e-5)
+    assert_same(results[1][1], results[0][1], "gradient", 1e-4)
+
+
 @backends
 @layouts
 @pytest.mark.parametrize(

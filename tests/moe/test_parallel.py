@@ -275,6 +275,25 @@ def recomputation_and_half_precision():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def torchs_own_wrapper_gives_the_same():
+    """DistributedDataParallel, which needs a gradient of every parameter, where every rank holds every expert."""
+    parallel = ExpertParallel.create(1)
+    for name in ("topk", "promoe", "expert_choice", "diffmoe", "race"):
+        plain = Toy(name, parallel)
+        wrapped = nn.parallel.DistributedDataParallel(Toy(name, parallel))
+        for step in range(2):
+            x, context = batch(plain, step, dist.get_rank(), null=dist.get_rank() == 1)
+            for model in (plain, wrapped):
+                model.zero_grad()
+                y, aux, _ = model(x, context)
+                (y.square().sum() + aux).backward()
+            sync_gradients(plain, parallel)
+            finish_step(plain)
+            finish_step(wrapped)
+            for (key, left), right in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+                assert_same(right.grad, left.grad, f"{name}: gradient of {key}", 1e-12)
+
+
 def statistics_reduce_over_ranks():
     rank, world = dist.get_rank(), dist.get_world_size()
     layer = MoELayer(Counting(), ExpertSpec(6, 5))
@@ -294,6 +313,7 @@ def statistics_reduce_over_ranks():
     "world, check",
     [
         (2, no_rank_waits_for_ever),
+        (2, torchs_own_wrapper_gives_the_same),
         (4, layouts_of_ranks),
         (4, an_exchange_is_its_own_way_back),
         (4, recomputation_and_half_precision),
