@@ -1,7 +1,8 @@
 """Measures of routing, as pure functions of counts: E experts, c_e assignments of expert e, f_e = c_e / sum c.
 
-Counts must be summed over micro-batches and ranks before any ratio is taken: the largest of local ratios is not the ratio of the
-global counts. Only experts that can be loaded belong in them. Logarithms are natural. All work on counts [..., E].
+Counts must be summed over micro-batches and ranks before any ratio is taken: the largest of local ratios is not the
+ratio of the global counts. Only experts that can be loaded belong in them. Logarithms are natural. All work on counts
+[..., E].
 """
 
 import math
@@ -13,15 +14,17 @@ from torch import Tensor
 def load_entropy(counts: Tensor) -> Tensor:
     """``-sum f ln f / ln E``: how evenly the load is spread. [..., E] -> [...]
 
-    1 = evenly. Because the k experts of a token differ, total collapse reads ln k / ln E, not 0: ``collapse_aware_entropy`` mends
-    that. Under uniformly random choice about ``1 - (E - 1)(1 - k/E) / (2 N k ln E)`` for N tokens. 1 for E = 1; NaN without load.
+    1 = evenly. Because the k experts of a token differ, total collapse reads ln k / ln E, not 0, which
+    ``collapse_aware_entropy`` mends. Under uniformly random choice about ``1 - (E - 1)(1 - k/E) / (2 N k ln E)`` for
+    N tokens. 1 for E = 1; NaN without load.
     """
     experts = counts.shape[-1]
     return _entropy(counts) / math.log(experts) if experts > 1 else _entropy(counts) + 1
 
 
 def collapse_aware_entropy(counts: Tensor, top_k: float) -> Tensor:
-    """``(H - ln k) / (ln E - ln k)``, H the load's entropy: 0 = every token takes the same k experts, 1 = evenly. [..., E] -> [...]
+    """``(H - ln k) / (ln E - ln k)``, H the load's entropy: 0 = every token takes the same k experts, 1 = evenly.
+    [..., E] -> [...]
 
     1 where k = E, since then there is nothing to choose. NaN without load.
 
@@ -40,7 +43,8 @@ def collapse_aware_entropy(counts: Tensor, top_k: float) -> Tensor:
 def max_violation(counts: Tensor) -> Tensor:
     """``MaxVio = max c / mean c - 1``: by how much the busiest expert exceeds its fair share. [..., E] -> [...]
 
-    0 = evenly; at most E/k - 1. Under uniformly random choice about ``sqrt(2 ln E (1 - k/E) / (N k / E))``. Source: arXiv:2408.15664.
+    0 = evenly; at most E/k - 1. Under uniformly random choice about ``sqrt(2 ln E (1 - k/E) / (N k / E))``.
+    Source: arXiv:2408.15664.
     """
     counts = counts.double()
     return counts.amax(-1) / counts.mean(-1) - 1

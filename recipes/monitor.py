@@ -2,8 +2,8 @@
 
     monitor.add(routings);  ...;  report = monitor.collect()      collective: every rank calls it
 
-Counts are summed over ranks before any ratio is taken. Entropy and MaxVio are those of the routed experts: the others are chosen by
-rule, not by load.
+Counts are summed over ranks before any ratio is taken. Entropy and MaxVio are those of the routed experts: the others
+are chosen by rule, not by load.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class RoutingReport:
         """Entropy and MaxVio over the layers, in a few words."""
         if not self.entropy:
             return "no routers"
-        worst = min(self.entropy)
-        return f"entropy {sum(self.entropy) / len(self.entropy):.3f} (least {worst:.3f}) MaxVio {max(self.max_violation):.2f}"
+        mean, least, worst = sum(self.entropy) / len(self.entropy), min(self.entropy), max(self.max_violation)
+        return f"entropy {mean:.3f} (least {least:.3f}) MaxVio {worst:.2f}"
 
     def total_losses(self) -> dict[str, float]:
         """Each auxiliary loss, summed over the layers."""
@@ -59,7 +59,9 @@ class RoutingMonitor:
 
     def __init__(self, model: torch.nn.Module, top_k: float) -> None:
         self.layers, self.top_k = moe_layers(model), top_k
-        self.routed = [[i for i, kind in enumerate(layer.router.expert_kinds) if kind == "routed"] for layer in self.layers]
+        self.routed = [
+            [i for i, kind in enumerate(layer.router.expert_kinds) if kind == "routed"] for layer in self.layers
+        ]
         self._sums: list[dict[str, Tensor]] = []
         self._micro_batches = 0
 
@@ -70,7 +72,9 @@ class RoutingMonitor:
             | {f"loss/{name}": value.detach().double() for name, value in routing.losses.items()}
             for routing in routings
         ]
-        self._sums = rows if not self._sums else [{k: a[k] + b[k] for k in a} for a, b in zip(self._sums, rows, strict=True)]
+        self._sums = (
+            rows if not self._sums else [{k: a[k] + b[k] for k in a} for a, b in zip(self._sums, rows, strict=True)]
+        )
         self._micro_batches += 1
 
     def collect(self) -> RoutingReport:
@@ -78,7 +82,10 @@ class RoutingMonitor:
         reports = []
         for routed, sums in zip(self.routed, self._sums, strict=True):
             names = sorted(sums)
-            flat = torch.cat([sums[name].double().flatten() for name in names] + [torch.tensor([self._micro_batches]).to(sums["load"]).double()])
+            flat = torch.cat(
+                [sums[name].double().flatten() for name in names]
+                + [torch.tensor([self._micro_batches]).to(sums["load"]).double()]
+            )
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(flat)
             *parts, micro_batches = flat.cpu().split([sums[name].numel() for name in names] + [1])
@@ -90,8 +97,14 @@ class RoutingMonitor:
                     "entropy": collapse_aware_entropy(load, self.top_k).item(),
                     "max_violation": max_violation(load).item(),
                     "dropped": (1 - load.sum() / requested.sum()).item(),
-                    "losses": {n.removeprefix("loss/"): (total[n] / micro_batches).item() for n in names if n.startswith("loss/")},
+                    "losses": {
+                        n.removeprefix("loss/"): (total[n] / micro_batches).item()
+                        for n in names
+                        if n.startswith("loss/")
+                    },
                 }
             )
         self._sums, self._micro_batches = [], 0
-        return RoutingReport(**{field.name: [r[field.name] for r in reports] for field in dataclasses.fields(RoutingReport)})
+        return RoutingReport(
+            **{field.name: [r[field.name] for r in reports] for field in dataclasses.fields(RoutingReport)}
+        )

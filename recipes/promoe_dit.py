@@ -5,12 +5,13 @@
 
     loss = objective (flow: mean (v(x_s, s) - (eps - x_0))^2) + sum over MoE blocks of the router's losses
 
-A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``samples.png``. ``--resume`` goes on
-from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a rank sees and draws in a step follows
-from the seed and the step alone, so a run is the same on every layout up to rounding.
+A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``samples.png``.
+``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
+rank sees and draws in a step follows from the seed and the step alone, so a run is the same on every layout up to
+rounding.
 
-Source: ProMoE, arXiv:2510.24711v2, section 5.1 and appendix A, and its released configurations: AdamW 1e-4, batch 256, clip 0.5,
-label dropout 0.1, EMA 0.9999. The tiny size has settings of its own.
+Source: ProMoE, arXiv:2510.24711v2, section 5.1 and appendix A, and its released configurations: AdamW 1e-4, batch
+256, clip 0.5, label dropout 0.1, EMA 0.9999. The tiny size has settings of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from gatewright.moe.hosts.deepspeed import DeepSpeedMoELayer, global_grad_norm
 from gatewright.moe.hosts.deepspeed_checkpoint import find_latest, load_checkpoint, save_checkpoint
 from gatewright.moe.hosts.deepspeed_config import default_config, read_config
 from gatewright.moe.hosts.deepspeed_ema import EMA
+from gatewright.moe.parallel import check_divides_world
 from gatewright.recipes.console import MISTAKES, Parser, describe, fail, is_first_rank
 from gatewright.recipes.data import Data, batches, load_data
 from gatewright.recipes.data.autoencoder import load_autoencoder
@@ -50,21 +52,38 @@ from gatewright.tools.runs import Run, read_run
 PROGRAM = "promoe_dit"
 RUNS = Path("runs")
 # what a run may change when it is resumed
-LAYOUT = ("ep", "zero", "dtype", "micro_batch", "deepspeed_config", "checkpoint_blocks", "local_rank", "resume", "out", "vae")
+LAYOUT = (
+    "ep",
+    "zero",
+    "dtype",
+    "micro_batch",
+    "deepspeed_config",
+    "checkpoint_blocks",
+    "local_rank",
+    "resume",
+    "out",
+    "vae",
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__.partition("\n")[0])
     model = parser.add_argument_group("model")
     model.add_argument("--size", default="tiny", help="tiny, S, B, L or XL")
-    model.add_argument("--router", default="promoe", help="promoe, topk, expert_choice, diffmoe, race, any other router, or dense")
-    model.add_argument("--router_option", action="append", default=[], metavar="NAME=VALUE", help="repeatable; VALUE is JSON or a word")
+    model.add_argument(
+        "--router", default="promoe", help="promoe, topk, expert_choice, diffmoe, race, any other router, or dense"
+    )
+    model.add_argument(
+        "--router_option", action="append", default=[], metavar="NAME=VALUE", help="repeatable; VALUE is JSON or a word"
+    )
     model.add_argument("--num_experts", type=int, help="routed experts of a layer (by default the paper's)")
     model.add_argument("--top_k", type=float, help="experts a token (by default the paper's)")
     model.add_argument("--objective", default="flow", help="flow or ddpm")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="mnist5k", help="mnist5k, digits, fashion-mnist[:DIR], imagefolder:DIR or latents:DIR")
+    data.add_argument(
+        "--data", default="mnist5k", help="mnist5k, digits, fashion-mnist[:DIR], imagefolder:DIR or latents:DIR"
+    )
     data.add_argument("--image_size", type=int, help="side of the crop, for imagefolder")
     data.add_argument("--validation_images", type=int, default=500, help="held-out images that are scored")
     data.add_argument("--vae", type=Path, help="folder of the autoencoder that draws the samples of a latents run")
@@ -81,14 +100,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     layout.add_argument("--ep", type=int, default=1, help="ranks that share the experts of a layer")
     layout.add_argument("--zero", type=int, default=1, help="DeepSpeed's ZeRO stage, 0 to 3")
     layout.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    layout.add_argument("--micro_batch", type=int, help="images a forward on one rank (by default a rank's whole share)")
-    layout.add_argument("--checkpoint_blocks", action="store_true", help="compute blocks again in the backward, to save memory")
-    layout.add_argument("--deepspeed_config", type=Path, help="JSON; replaces what --zero, --dtype, --lr and --clip would set")
+    layout.add_argument(
+        "--micro_batch", type=int, help="images a forward on one rank (by default a rank's whole share)"
+    )
+    layout.add_argument(
+        "--checkpoint_blocks", action="store_true", help="compute blocks again in the backward, to save memory"
+    )
+    layout.add_argument(
+        "--deepspeed_config", type=Path, help="JSON; replaces what --zero, --dtype, --lr and --clip would set"
+    )
     layout.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, help="the run's folder (by default a new one in runs/)")
-    run.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with RUN, or with --out, or with the newest in runs/")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with RUN, or with --out, or with the newest in runs/",
+    )
     run.add_argument("--log_every", type=int, default=20, help="steps between log lines")
     run.add_argument("--eval_every", type=int, help="steps between validations (by default a fifth of the steps)")
     run.add_argument("--save_every", type=int, help="steps between checkpoints (by default a fifth of the steps)")
@@ -145,14 +176,14 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data = load_data(args.data, image_size=args.image_size)
     config = make_config(args, data)
+    check_options(args, config, ranks)
     check_resumable(run, config) if resumed else write_run(run, config, args)
-    engine, parallel = make_engine(args, config)
+    engine = make_engine(args, config)
     model, objective = engine.module, create_objective(args.objective, config)
     first_step = load_checkpoint(engine, run / "checkpoints")["step"] if resumed else 0
     ema = EMA(engine, decay=args.ema)
     monitor, log = RoutingMonitor(model, config.top_k), RunLog(run, args, first_step)
-    share = args.batch // ranks
-    micro_batches = share // (args.micro_batch or share)
+    micro_batches = engine.gradient_accumulation_steps()
 
     for step in range(first_step, args.steps):
         totals: dict[str, float] = {}
@@ -163,7 +194,9 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
             terms = {"loss": result.total, objective.name: result.loss} | result.parts | result.auxiliary
             means = mean_over_ranks(terms)
             if not all(torch.isfinite(torch.tensor(list(means.values())))):
-                raise FloatingPointError(f"step {step}: the loss is {means}{blame(model, objective, images, labels, batch.draw)}")
+                raise FloatingPointError(
+                    f"step {step}: the loss is {means}{blame(model, objective, images, labels, batch.draw)}"
+                )
             totals = {name: totals.get(name, 0.0) + value / micro_batches for name, value in means.items()}
             monitor.add(result.routings)
             engine.backward(result.total)
@@ -185,24 +218,46 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     log.close(picture)
 
 
-def make_engine(args: argparse.Namespace, config: DiTConfig) -> tuple[Any, ExpertParallel]:
-    """The DeepSpeed engine with the model in it. Collective."""
-    ranks = dist.get_world_size()
+def check_options(args: argparse.Namespace, config: DiTConfig, ranks: int) -> None:
+    """Finds what is wrong with the options while nothing is written or joined yet.
+
+    Raises:
+        ValueError: an option that does not go with the others, the number of ranks, or the router.
+    """
+    create_objective(args.objective, config)
+    engine_settings(args, ranks)
+    check_divides_world(args.ep, ranks)
     if config.router == DENSE and args.ep > 1:
         raise ValueError(f"--ep {args.ep} with --router dense: there are no experts to share; leave it at 1")
+    with torch.device("meta"):
+        DiT(config, parallel=ExpertParallel(size=args.ep))
+
+
+def engine_settings(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
     share, rest = divmod(args.batch, ranks)
     micro_batch = args.micro_batch or share
     if rest or share % micro_batch:
-        raise ValueError(f"--batch {args.batch} does not divide over {ranks} ranks in micro-batches of {micro_batch}")
-    parallel = ExpertParallel.create(args.ep)
+        raise ValueError(f"--batch {args.batch} does not divide over {ranks} rank(s) in micro-batches of {micro_batch}")
     settings = default_config(
-        zero_stage=args.zero, dtype=args.dtype, micro_batch=micro_batch, accumulation=share // micro_batch, clip=args.clip, lr=args.lr
+        zero_stage=args.zero,
+        dtype=args.dtype,
+        micro_batch=micro_batch,
+        accumulation=share // micro_batch,
+        clip=args.clip,
+        lr=args.lr,
     )
-    if args.deepspeed_config is not None:
-        settings = merge_batch(read_config(args.deepspeed_config), settings, args)
+    if args.deepspeed_config is None:
+        return settings
+    return merge_batch(read_config(args.deepspeed_config), settings, args)
+
+
+def make_engine(args: argparse.Namespace, config: DiTConfig) -> Any:
+    """The DeepSpeed engine with the model in it. Collective."""
+    parallel = ExpertParallel.create(args.ep)
     model = DiT(config, DeepSpeedMoELayer, parallel, args.seed, checkpoint_blocks=args.checkpoint_blocks)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-    return engine, parallel
+    settings = engine_settings(args, dist.get_world_size())
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
 
 
 def merge_batch(config: dict[str, Any], ours: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -211,10 +266,13 @@ def merge_batch(config: dict[str, Any], ours: dict[str, Any], args: argparse.Nam
     Raises:
         ValueError: it asks for another batch.
     """
-    sizes = {"train_batch_size": args.batch} | {n: ours[n] for n in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
+    sizes = {"train_batch_size": args.batch} | {
+        n: ours[n] for n in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    }
     for name, value in sizes.items():
         if config.get(name, "auto") not in ("auto", value):
-            raise ValueError(f"{args.deepspeed_config}: {name}={config[name]}, but --batch and --micro_batch make it {value}: remove one")
+            asked = f"--batch and --micro_batch make it {value}"
+            raise ValueError(f"{args.deepspeed_config}: {name}={config[name]}, but {asked}: remove one")
     return {"optimizer": ours["optimizer"]} | config | sizes
 
 
@@ -232,7 +290,9 @@ def blame(model: torch.nn.Module, objective, images: Tensor, labels: Tensor, dra
     def look(module, _inputs, output) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor) and not torch.isfinite(first).all():
-            what = "parameters" if any(not torch.isfinite(p).all() for p in module.parameters(recurse=False)) else "output"
+            what = (
+                "parameters" if any(not torch.isfinite(p).all() for p in module.parameters(recurse=False)) else "output"
+            )
             found.append(f"; first in the {what} of {names[module] or 'the model'} on rank {dist.get_rank()}")
 
     hooks = [module.register_forward_hook(look) for module in model.modules()]
@@ -254,7 +314,9 @@ def validate(objective, model, data: Data, args: argparse.Namespace, rank: int, 
 def draw_picture(objective, model, data: Data, args: argparse.Namespace, run: Path) -> Path:
     """One row a class, the first ten classes. Collective: with experts on other ranks, every rank draws."""
     labels = torch.arange(min(10, data.num_classes)).repeat_interleave(args.sample_per_class)
-    samples = draw_samples(objective, model, labels, guidance=args.guidance, steps=args.sample_steps, seed=args.seed).cpu()
+    samples = draw_samples(
+        objective, model, labels, guidance=args.guidance, steps=args.sample_steps, seed=args.seed
+    ).cpu()
     path = run / "samples.png"
     if data.latent_scale is None:
         pixels = data.to_pixels(samples)
@@ -276,7 +338,13 @@ class RunLog:
     def __init__(self, run: Path, args: argparse.Namespace, first_step: int) -> None:
         self.run, self.args, self.writer = run, args, None
         self._since, self._images, self._last = time.perf_counter(), 0, {}
-        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None if is_first_rank() else True)
+        self.bar = tqdm(
+            total=args.steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if is_first_rank() else True,
+        )
         if is_first_rank():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -296,12 +364,21 @@ class RunLog:
         self._say(f"step {step + 1}/{self.args.steps}  {losses}  {speed:.0f} images/s  {report.line()}")
         self._scalars("train", {"images_per_second": speed}, step)
         for layer, shares in enumerate(report.shares):
-            measures = {"entropy": report.entropy[layer], "max_violation": report.max_violation[layer], "dropped": report.dropped[layer]}
+            measures = {
+                "entropy": report.entropy[layer],
+                "max_violation": report.max_violation[layer],
+                "dropped": report.dropped[layer],
+            }
             self._scalars(f"routing/layer_{layer:02d}", measures | report.losses[layer], step)
-            self._scalars(f"load/layer_{layer:02d}", {f"expert_{expert:03d}": share for expert, share in enumerate(shares)}, step)
+            self._scalars(
+                f"load/layer_{layer:02d}", {f"expert_{expert:03d}": share for expert, share in enumerate(shares)}, step
+            )
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
-        self._say(f"step {step + 1}/{self.args.steps}  validation (averaged weights)  " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()))
+        self._say(
+            f"step {step + 1}/{self.args.steps}  validation (averaged weights)  "
+            + "  ".join(f"{n} {v:.4f}" for n, v in losses.items())
+        )
         self._scalars("validation", losses, step)
         self._since, self._images = time.perf_counter(), 0
 
@@ -311,7 +388,8 @@ class RunLog:
             self.writer.close()
             print(
                 f"run {self.run}: samples in {picture}, checkpoint in {find_latest(self.run / 'checkpoints')}, log by "
-                f"`tensorboard --logdir {self.run / 'tensorboard'}`, more samples by `python recipes/sample_dit.py {self.run}`"
+                f"`tensorboard --logdir {self.run / 'tensorboard'}`, more samples by "
+                f"`python recipes/sample_dit.py {self.run}`"
             )
 
     def _say(self, line: str) -> None:
@@ -333,7 +411,11 @@ def find_run(args: argparse.Namespace) -> Path:
     """
     if args.resume is None:
         if args.out is None:
-            taken = [int(path.name.rpartition("-")[2]) for path in RUNS.glob(f"{PROGRAM}-[0-9]*") if path.name.rpartition("-")[2].isdigit()]
+            taken = [
+                int(path.name.rpartition("-")[2])
+                for path in RUNS.glob(f"{PROGRAM}-[0-9]*")
+                if path.name.rpartition("-")[2].isdigit()
+            ]
             return RUNS / f"{PROGRAM}-{max(taken, default=0) + 1}"
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"{args.out} is not empty: go on with the run in it by --resume, or choose another --out")
@@ -366,7 +448,9 @@ def check_resumable(run: Path, config: DiTConfig) -> None:
     recorded = DiTConfig.from_dict(read_run(run).config).as_dict()
     for name, value in config.as_dict().items():
         if recorded[name] != value:
-            raise ValueError(f"{run} was trained with {name}={recorded[name]}, not {value}: leave the option out, or start a new run")
+            raise ValueError(
+                f"{run} was trained with {name}={recorded[name]}, not {value}: leave the option out, or start a new run"
+            )
 
 
 def start_process_group() -> None:
@@ -375,7 +459,13 @@ def start_process_group() -> None:
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     deepspeed.init_distributed(verbose=False)
 
 

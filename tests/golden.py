@@ -21,7 +21,7 @@ def load_golden(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         pytest.skip(f"golden case {path} is not on this machine")
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def assert_equal(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
@@ -31,7 +31,7 @@ def assert_equal(actual: Tensor, expected: Tensor, what: str, tolerance: float =
 
 
 def golden_layer(router, case: dict[str, Tensor], meta: dict[str, str], backend: str) -> MoELayer:
-    """A float64 layer of GELU(tanh) experts with biases, holding the case's experts; ids beyond the routed ones are local."""
+    """A float64 layer of GELU(tanh) experts with biases, holding the case's; ids beyond the routed ones are local."""
     spec = ExpertSpec(int(meta["D"]), int(meta["H"]), activation="gelu_tanh", bias=True)
     shared = FeedForward(spec) if "param.shared_expert.up_proj.weight" in case else None
     layer = MoELayer(router, spec, shared=shared, backend=backend).double()
@@ -52,7 +52,9 @@ def assert_expert_gradients(layer: MoELayer, case: dict[str, Tensor]) -> None:
             assert_equal(view, case[f"grad.experts.{expert}.{name}"], f"gradient of expert {expert} {name}")
     if layer.shared is not None:
         for part, name in ((layer.shared.up, "up_proj"), (layer.shared.down, "down_proj")):
-            assert_equal(part.weight.grad, case[f"grad.shared_expert.{name}.weight"], f"gradient of shared {name}.weight")
+            assert_equal(
+                part.weight.grad, case[f"grad.shared_expert.{name}.weight"], f"gradient of shared {name}.weight"
+            )
             assert_equal(part.bias.grad, case[f"grad.shared_expert.{name}.bias"], f"gradient of shared {name}.bias")
 
 

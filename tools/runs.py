@@ -4,8 +4,9 @@
     RUN/checkpoints/    written by ``moe.hosts.deepspeed_checkpoint``
     RUN/tensorboard/    the log
 
-``model`` is a name, never a path of code: it is looked up among the entry points of the group ``gatewright.models`` and in ``MODELS``,
-so a stranger's folder cannot name what is run. What a name stands for is a function  ``load(config: dict) -> nn.Module``.
+``model`` is a name, never a path of code: it is looked up among the entry points of the group ``gatewright.models``
+and in ``MODELS``, so a stranger's folder cannot name what is run. What a name stands for is a function
+``load(config: dict) -> nn.Module``.
 """
 
 from __future__ import annotations
@@ -87,9 +88,13 @@ def read_run_file(file: Path) -> tuple[Run, dict[str, Any]]:
         given = content["format"]
         fields = {"model": content["model"], "config": dict(content["config"]), "options": dict(content["options"])}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): expected what a recipe writes") from None
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): expected what a recipe writes"
+        ) from None
     if given != FORMAT:
-        raise ValueError(f"{file} has format {given}, and this gatewright reads {FORMAT}: use the version that wrote it")
+        raise ValueError(
+            f"{file} has format {given}, and this gatewright reads {FORMAT}: use the version that wrote it"
+        )
     return Run(path=file.parent, **fields), content
 
 

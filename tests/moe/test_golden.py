@@ -1,11 +1,12 @@
-"""Whole layers against the papers' own code: outputs, routing, losses, thresholds and every gradient, to 1e-9 in float64."""
+"""Whole layers against the papers' own code: outputs, routing, losses, thresholds and every gradient, to 1e-9 in
+float64."""
 
 import pytest
 import torch
+from golden import assert_equal, assert_expert_gradients, golden_layer, load_golden
 
 from gatewright.moe import finish_step
 from gatewright.routers import TokenContext, create_router
-from golden import assert_equal, assert_expert_gradients, golden_layer, load_golden
 
 backends = pytest.mark.parametrize("backend", ["reference", "cpu"])
 

@@ -1,4 +1,4 @@
-"""Measures of routing against values worked out by hand, and against published routing counts where they are at hand."""
+"""Measures of routing against values worked out by hand, and against published routing counts where at hand."""
 
 import json
 import math
@@ -66,4 +66,6 @@ def test_null_of_random_choice():
     counts = torch.bincount(chosen.flatten(), minlength=experts)
     expected = 1 - (experts - 1) * (1 - k / experts) / (2 * tokens * k * math.log(experts))
     assert load_entropy(counts).item() == pytest.approx(expected, abs=2e-4)
-    assert max_violation(counts).item() < 1.3 * math.sqrt(2 * math.log(experts) * (1 - k / experts) / (tokens * k / experts))
+    assert max_violation(counts).item() < 1.3 * math.sqrt(
+        2 * math.log(experts) * (1 - k / experts) / (tokens * k / experts)
+    )
