@@ -392,6 +392,7 @@ def run(args: argparse.Namespace) -> int:
     results = measure({name: SHAPES[name] for name in args.shapes}, args.dtypes, rounds=args.rounds)
     print(report(results))
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = args.out.with_name(args.out.name + ".unfinished")
         unfinished.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(unfinished, args.out)
