@@ -160,19 +160,23 @@ class MoELayerCode:
                 parallel=parallel,
             )
 
-        def here() -> tuple[Tensor | None, list[Tensor]]:
+        def here() -> tuple[Tensor | None, tuple[Tensor, Tensor] | None, list[Tensor]]:
             """What needs no other rank's rows, so that it runs while they travel."""
-            parts = []
+            parts, local = [], None
             if self.local_experts is not None:
-                bank = partial(self.local_experts, backend=self.backend)
-                parts.append(plan("local", ExpertParallel()).run(x_RD, bank)[0])
+                at = plan("local", ExpertParallel())
+                own = self.local_experts(x_RD, at.counts_E, token=at.source, weight=at.weight, backend=self.backend)
+                local = at.source, own
             for kind in ("copy", "constant"):
                 if self._ids[kind]:
                     parts.append(self._without_computation(kind, x_RD, source, expert, weight))
-            return shared(), parts
+            return shared(), local, parts
 
         bank = partial(self.experts, backend=self.backend)
-        out_RD, (shared_TD, parts) = plan("routed", self.parallel).run(x_RD, bank, here)
+        out_RD, (shared_TD, local, parts) = plan("routed", self.parallel).run(x_RD, bank, here)
+        if local is not None:
+            # few rows have a local expert: adding those alone spares two passes over all of them
+            out_RD = out_RD.index_add_(0, *local)
         return sum(parts, out_RD), shared_TD
 
     def _place(self, expert: Tensor, kind: str) -> Tensor:
