@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -87,10 +86,6 @@ class Ranks:
         rank, good, message = failure
         kind = RankDied if good is None else RankFailed
         raise kind(f"rank {rank} of {self.size}:\n{message}\n{printed}")
-
-    def kill(self, rank: int) -> None:
-        """kill -9, for tests of what a killed process leaves."""
-        os.kill(self._processes[rank].pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Ends the processes; the next ``run`` starts them anew."""

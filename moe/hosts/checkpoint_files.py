@@ -6,8 +6,9 @@
             checkpoint.json           what is in the others: sizes, checksums, which tensor is where; written last
             rank-00000-000.safetensors ...
 
-How nothing is lost: everything is written into ``.saving-<name>``, every file is flushed to the disk, the folder is renamed, then
-``latest`` is replaced. A process killed in between leaves the last good checkpoint found, and leftovers that the next save removes.
+How nothing is lost: everything is written into ``.saving-<name>``, every file is flushed to the disk, the folder is
+renamed, then ``latest`` is replaced. A process killed in between leaves the last good checkpoint found, and leftovers
+that the next save removes.
 How nothing is trusted: sizes, checksums, names and the format's version are checked before a tensor is read.
 """
 
@@ -38,8 +39,8 @@ _STEP = re.compile(r"step-(\d+)(?:-(\d+))?")
 class ShardWriter:
     """Writes tensors into safetensors files of bounded size, of which one is in memory at a time.
 
-    A failed write does not raise at once, since other ranks would wait for this one for ever: it is kept in ``error``, and what
-    comes after is dropped.
+    A failed write does not raise at once, since other ranks would wait for this one for ever: it is kept in ``error``,
+    and what comes after is dropped.
     """
 
     def __init__(self, folder: Path, prefix: str, shard_bytes: int) -> None:
@@ -117,7 +118,7 @@ def begin(root: Path, step: int) -> tuple[str, Path]:
 
 
 def complete(saving: Path, name: str, manifest: dict[str, Any], keep: int) -> Path:
-    """Writes the manifest, gives the folder its name, points ``latest`` at it, and removes all but the ``keep`` newest."""
+    """Writes the manifest, gives the folder its name, points ``latest`` at it, and removes the oldest but ``keep``."""
     root = saving.parent
     manifest = {"format": FORMAT, "version": VERSION, **manifest}
     write_text(saving / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1, allow_nan=False))
@@ -185,7 +186,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says about itself; its "extra" is what was given to ``save_checkpoint``.
 
     Raises:
-        ValueError: it is damaged, of another format or of a newer version, or the folder holds files that it does not list.
+        ValueError: it is damaged, of another format or of a newer version, or the folder holds files that it does not
+            list.
     """
     folder = locate(path)
     file = folder / MANIFEST
@@ -266,7 +268,8 @@ def checkpoint_parameters(path: str | Path, kind: str = "ema") -> Iterator[tuple
     """Parameters out of a checkpoint, whole, one at a time, without an engine or DeepSpeed: for sampling and export.
 
     Args:
-        kind: "ema" for the average of the weights, "master" for the weights themselves. A frozen parameter has one value.
+        kind: "ema" for the average of the weights, "master" for the weights themselves. A frozen parameter has one
+            value.
 
     Raises:
         ValueError: the checkpoint is damaged, or holds no such kind.

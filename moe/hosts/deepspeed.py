@@ -9,25 +9,28 @@
     model = MyModel(layer=lambda i: DeepSpeedMoELayer(create_router(...), ExpertSpec(...), parallel=parallel, layer=i))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=default_config(...))
 
-Nothing else is to be called: ZeRO 0 to 3, float32 and bfloat16, accumulation, clipping, any expert parallelism that divides the
-ranks. ``TokenContext`` is filled by the model that calls the layer, as without an engine.
+Nothing else is to be called: ZeRO 0 to 3, float32 and bfloat16, accumulation, clipping, any expert parallelism that
+divides the ranks. ``TokenContext`` is filled by the model that calls the layer, as without an engine.
 
 Why the layer is made as it is (read in DeepSpeed 0.19.8):
 
-* The engine splits optimizer groups, reduces gradients and finds expert groups for two classes only, told by ``isinstance``. So
-  the layer is a subclass of ``AutoEPMoELayer`` whose constructor, which converts a transformers block, is passed by.
+* The engine splits optimizer groups, reduces gradients and finds expert groups for two classes only, told by
+  ``isinstance``. So the layer is a subclass of ``AutoEPMoELayer`` whose constructor, which converts a transformers
+  block, is passed by.
 * The engine reads tags and placement from the three parameters ``experts.w1``, ``w2``, ``w3``.
-* The whole layer is a leaf for ZeRO-3: its hooks look for tensors in what a module returns and do not see into a ``Routing``.
+* The whole layer is a leaf for ZeRO-3: its hooks look for tensors in what a module returns and do not see into a
+  ``Routing``.
 
 What importing this file mends, for engines that hold such a layer and for no others:
 
-* float32 at ZeRO-0: the engine averages the ranks' gradient norms, which is wrong where ranks hold different experts, and reports
-  no norm. Here it clips by, and reports, the norm of the whole model.
-* bfloat16 at ZeRO-0: the norm leaves the experts out, and the optimizer is stepped once at construction, which counts a step and
-  decays the weights.
-* ``engine.load_checkpoint`` loads a ZeRO-1/2 checkpoint at another expert parallelism without an error and with wrong optimizer
-  state, loses Adam's step from a universal ZeRO-3 checkpoint, and unpickles whatever it finds. Each is refused before anything is
-  read (``deepspeed_native``); ``save_checkpoint`` and ``load_checkpoint`` of this package do it right (``deepspeed_checkpoint``).
+* float32 at ZeRO-0: the engine averages the ranks' gradient norms, which is wrong where ranks hold different experts,
+  and reports no norm. Here it clips by, and reports, the norm of the whole model.
+* bfloat16 at ZeRO-0: the norm leaves the experts out, and the optimizer is stepped once at construction, which counts a
+  step and decays the weights.
+* ``engine.load_checkpoint`` loads a ZeRO-1/2 checkpoint at another expert parallelism without an error and with wrong
+  optimizer state, a universal one without buffers and, at ZeRO-3, with a wrong count of Adam's steps, and unpickles
+  whatever it finds. Each is refused before anything is read (``deepspeed_native``); ``save_checkpoint`` and
+  ``load_checkpoint`` of this package do it right (``deepspeed_checkpoint``).
 """
 
 from __future__ import annotations
@@ -97,6 +100,10 @@ class DeepSpeedMoELayer(MoELayerCode, AutoEPMoELayer):
     def __init__(self, router: Router, spec: ExpertSpec, **options: Any) -> None:
         nn.Module.__init__(self)
         self.build(router, spec, **options)
+        if any(hasattr(parameter, "ds_id") for parameter in self.experts.parameters()):
+            raise ValueError(
+                "inside deepspeed.zero.Init experts are split over the wrong ranks: build the model outside"
+            )
         self._describe_to_engine()
 
     def _describe_to_engine(self) -> None:
@@ -154,7 +161,7 @@ class DeepSpeedMoELayer(MoELayerCode, AutoEPMoELayer):
 
     def __call__(self, x: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
         if torch.is_grad_enabled() and not x.requires_grad:
-            # ZeRO-3 collects a leaf's gradients when that of its input is there; without one it would do so before they exist
+            # ZeRO-3 collects a leaf's gradients once that of its input is there: without one, before they exist
             x = x + x.new_zeros((), requires_grad=True)
         return super().__call__(x, context)
 
@@ -164,14 +171,17 @@ def _group_name(parallel: ExpertParallel) -> str:
 
 
 def _placement(router: Router, parallel: ExpertParallel) -> dict[str, Any]:
-    """Which expert-parallel rank holds which experts, in DeepSpeed's words: contiguous blocks, as ``ExpertParallel``."""
+    """Which rank holds which experts, in DeepSpeed's words: contiguous blocks, as ``ExpertParallel`` has them."""
     return legacy_uniform_autoep_placement_descriptor(
         router.num_experts, router.num_experts // parallel.size, parallel.size
     )
 
 
-def holds_our_layers(engine: DeepSpeedEngine) -> bool:
-    return any(isinstance(module, DeepSpeedMoELayer) for module in engine.module.modules())
+def our_layers(engine: DeepSpeedEngine) -> list[DeepSpeedMoELayer]:
+    """The engine's layers of this host, looked for once."""
+    if "_gatewright_layers" not in engine.__dict__:
+        engine._gatewright_layers = [m for m in engine.module.modules() if isinstance(m, DeepSpeedMoELayer)]
+    return engine._gatewright_layers
 
 
 def expert_parallel(model: nn.Module) -> ExpertParallel:
@@ -189,7 +199,7 @@ def expert_parallel(model: nn.Module) -> ExpertParallel:
 
 
 def global_grad_norm(engine: DeepSpeedEngine) -> float:
-    """The gradient's 2-norm over the whole model, before clipping, of the last step: the same on every rank, at every stage.
+    """The 2-norm of the whole model's gradient, before clipping, at the last step: the same on every rank.
 
     Raises:
         RuntimeError: there was no step yet.
@@ -201,7 +211,7 @@ def global_grad_norm(engine: DeepSpeedEngine) -> float:
 
 
 def _mend(name: str):
-    """Wraps a method of the engine: ``mended(engine, original, *args)`` runs for engines with our layers, the original for others."""
+    """Replaces a method of the engine by ``mended(engine, original, *args)``, for engines with our layers."""
 
     def decorate(mended):
         original = getattr(DeepSpeedEngine, name)
@@ -210,11 +220,9 @@ def _mend(name: str):
 
         @functools.wraps(original)
         def method(engine, *args, **kwargs):
-            return (
-                mended(engine, functools.partial(original, engine), *args, **kwargs)
-                if holds_our_layers(engine)
-                else original(engine, *args, **kwargs)
-            )
+            if not our_layers(engine):
+                return original(engine, *args, **kwargs)
+            return mended(engine, functools.partial(original, engine), *args, **kwargs)
 
         method._gatewright = True
         setattr(DeepSpeedEngine, name, method)
@@ -289,7 +297,7 @@ def _load_native_checkpoint(
     if name is not None:
         check_native_checkpoint(
             engine,
-            [module for module in engine.module.modules() if isinstance(module, DeepSpeedMoELayer)],
+            our_layers(engine),
             Path(load_dir) / str(name),
             weights_only=load_module_only or not load_optimizer_states,
             universal=universal,

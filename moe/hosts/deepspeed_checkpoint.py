@@ -3,14 +3,15 @@
     save_checkpoint(engine, "runs/a/checkpoints", extra={"options": ...})
     extra = load_checkpoint(engine, "runs/a/checkpoints")
 
-Each parameter is stored by its name in the model, whole, an expert by its global id, as float32 weights and as every tensor that
-the optimizer keeps of it (Adam's two moments, the average of the weights); beside them Adam's step, the modules' buffers (the
-routers' state), the engine's counters, the scheduler and the random state of each rank. So nothing in it depends on how it was
-laid out, and DeepSpeed's universal conversion, which loses Adam's step at ZeRO-3 (0.19.8), is not needed.
+Each parameter is stored by its name in the model, whole, an expert by its global id, as float32 weights and as every
+tensor that the optimizer keeps of it (Adam's two moments, the average of the weights); beside them Adam's step, the
+modules' buffers (the routers' state), the engine's counters, the scheduler and the random state of each rank. So
+nothing in it depends on how it was laid out, and DeepSpeed's universal conversion is not needed, which leaves out
+buffers, and at ZeRO-3 counts Adam's steps once for each of its parts (0.19.8).
 
-Memory: one parameter is assembled at a time, on the rank that writes it: an expert on the first rank that holds it, all else on
-rank 0. Reading takes only the rows that a rank keeps. All ranks see the same folder (a shared file system on several machines).
-Whatever fails on one rank fails on all, with its message, and none waits for ever.
+Memory: one parameter is assembled at a time, on the rank that writes it: an expert on the first rank that holds it, all
+else on rank 0. Reading takes only the rows that a rank keeps. All ranks see the same folder (a shared file system on
+several machines). Whatever fails on one rank fails on all, with its message, and none waits for ever.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..layer import MoELayerCode, moe_layers
 from .checkpoint_files import (
@@ -36,6 +36,7 @@ from .checkpoint_files import (
     locate,
     read_manifest,
 )
+from .deepspeed_ema import refuse_averaged
 from .deepspeed_state import (
     MASTER,
     Share,
@@ -49,6 +50,7 @@ from .deepspeed_state import (
     step_value,
     tensor_of,
 )
+from .ranks import agree, barrier, gather, on_rank_0, rank, world
 
 __all__ = ["find_latest", "load_checkpoint", "read_manifest", "save_checkpoint"]
 
@@ -74,23 +76,18 @@ def save_checkpoint(
     """
     extra = {} if extra is None else extra
     _check_can_save(engine, extra, keep)
-    name, saving = _on_rank_0(lambda: begin(Path(path), engine.global_steps), OSError)
-    writer = ShardWriter(saving, f"rank-{_rank():05d}", shard_bytes)
+    name, saving = on_rank_0(lambda: begin(Path(path), engine.global_steps), OSError)
+    writer = ShardWriter(saving, f"rank-{rank():05d}", shard_bytes)
     _write_tensors(engine, writer)
-    files: list[dict[str, Any]] = [{}] * _world()
-    if _world() > 1:
-        dist.all_gather_object(files, writer.files)
-    else:
-        files = [writer.files]
+    files = gather(writer.files)
     try:
-        _agree(writer.error, OSError, f"the checkpoint {name} could not be written; the ones before are as they were")
+        agree(writer.error, OSError, f"the checkpoint {name} could not be written; the ones before are as they were")
         manifest = _manifest(engine, extra) | {"files": {n: entry for found in files for n, entry in found.items()}}
-        return _on_rank_0(lambda: complete(saving, name, manifest, keep), OSError)
+        return on_rank_0(lambda: complete(saving, name, manifest, keep), OSError)
     except OSError:
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(saving, ignore_errors=True)
-        if _world() > 1:
-            dist.barrier()
+        barrier()
         raise
 
 
@@ -106,21 +103,21 @@ def load_checkpoint(engine: Any, path: str | Path) -> dict[str, Any]:
         What was given to ``save_checkpoint`` as ``extra``.
 
     Raises:
-        ValueError: no checkpoint, a damaged one (which file, what was expected), or one of another size or router (the first
-            difference).
+        ValueError: no checkpoint, a damaged one (which file, what was expected), or one of another size or router (the
+            first difference).
     """
-    _refuse_average(engine, "load_checkpoint")
-    folder = _on_rank_0(lambda: locate(path), ValueError)
+    refuse_averaged(engine, "load_checkpoint")
+    folder = on_rank_0(lambda: locate(path), ValueError)
     manifest, error = None, None
     try:
         manifest = read_manifest(folder)
         _check_same_model(manifest["model"], _describe_model(engine), folder)
-        check_files(folder, manifest, _rank(), _world())
+        check_files(folder, manifest, rank(), world())
         reader = Reader(folder, manifest)
         _check_complete(engine, manifest, reader, folder)
     except (ValueError, OSError, KeyError) as problem:
         error = problem
-    _agree(error, ValueError, "the checkpoint was not loaded and the engine is as it was")
+    agree(error, ValueError, "the checkpoint was not loaded and the engine is as it was")
     _read_tensors(engine, manifest, reader)
     publish(engine)
     _restore_counters(engine, manifest)
@@ -132,8 +129,9 @@ def load_checkpoint(engine: Any, path: str | Path) -> dict[str, Any]:
 
 
 def _write_tensors(engine: Any, writer: ShardWriter) -> None:
+    state_kinds = kinds(engine)
     for name, share in shares(engine).items():
-        for kind in [MASTER, *(kinds(engine) if share.trainable else [])]:
+        for kind in [MASTER, *(state_kinds if share.trainable else [])]:
             whole = assemble(engine, share, kind)
             if whole is None or not _writes(engine, share):
                 continue
@@ -142,20 +140,20 @@ def _write_tensors(engine: Any, writer: ShardWriter) -> None:
             else:
                 for row, expert in zip(whole, share.experts, strict=True):
                     writer.add(expert_key(kind, name, expert), row)
-    if _rank() == 0:
+    if rank() == 0:
         for name, buffer in _buffers(engine).items():
             writer.add(f"buffer/{name}", buffer)
-    writer.add(f"random/cpu/{_rank()}", torch.get_rng_state())
+    writer.add(f"random/cpu/{rank()}", torch.get_rng_state())
     if torch.cuda.is_available():
-        writer.add(f"random/cuda/{_rank()}", torch.cuda.get_rng_state())
+        writer.add(f"random/cuda/{rank()}", torch.cuda.get_rng_state())
     writer.close()
 
 
 def _writes(engine: Any, share: Share) -> bool:
     """Whether this rank, which holds the whole parameter, is the first that does."""
     if share.experts is None:
-        return _rank() == 0
-    return _rank() < _expert_parallel_size(engine)
+        return rank() == 0
+    return rank() < _expert_parallel_size(engine)
 
 
 def _buffers(engine: Any) -> dict[str, torch.Tensor]:
@@ -172,7 +170,7 @@ def _manifest(engine: Any, extra: dict[str, Any]) -> dict[str, Any]:
     every = shares(engine)
     return {
         "layout": {
-            "world": _world(),
+            "world": world(),
             "expert_parallel": _expert_parallel_size(engine),
             "zero_stage": int(engine.zero_optimization_stage()),
             "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
@@ -216,7 +214,7 @@ def _describe_model(engine: Any) -> dict[str, Any]:
 
 
 def _check_can_save(engine: Any, extra: dict[str, Any], keep: int) -> None:
-    _refuse_average(engine, "save_checkpoint")
+    refuse_averaged(engine, "save_checkpoint")
     if keep < 1:
         raise ValueError(f"keep={keep}: choose at least 1, the checkpoint that is written")
     try:
@@ -226,8 +224,8 @@ def _check_can_save(engine: Any, extra: dict[str, Any], keep: int) -> None:
     accumulation = engine.gradient_accumulation_steps()
     if engine.micro_steps % accumulation:
         raise ValueError(
-            f"{engine.micro_steps % accumulation} of {accumulation} micro-batches are accumulated: their gradients would be lost; "
-            "save after a step"
+            f"{engine.micro_steps % accumulation} of {accumulation} micro-batches are accumulated: their gradients "
+            "would be lost; save after a step"
         )
     if any(layer._accumulated for layer in moe_layers(engine.module)):
         raise ValueError("the routers' statistics of this step would be lost: call finish_step(engine.module) first")
@@ -276,8 +274,8 @@ def _check_complete(engine: Any, manifest: dict[str, Any], reader: Reader, folde
             first, known = steps.setdefault(id(share.flat), (name, entry["scalars"]))
             if known != entry["scalars"]:
                 raise ValueError(
-                    f"{folder}: {first} has the optimizer state {known} and {name} {entry['scalars']}, which ZeRO keeps as one: "
-                    "load it at ZeRO-0"
+                    f"{folder}: {first} has the optimizer state {known} and {name} {entry['scalars']}, which ZeRO "
+                    "keeps as one: load it at ZeRO-0"
                 )
     if manifest["scheduler"] is not None and engine.lr_scheduler is not None:
         _rates(engine, manifest["scheduler"]["lr"])
@@ -356,58 +354,12 @@ def _rates(engine: Any, saved: list[float]) -> list[float]:
 
 def _restore_random_state(manifest: dict[str, Any], reader: Reader) -> None:
     """Only at the same number of ranks: otherwise nobody's random numbers continue."""
-    if manifest["layout"]["world"] != _world():
+    if manifest["layout"]["world"] != world():
         return
-    torch.set_rng_state(reader.tensor(f"random/cpu/{_rank()}"))
-    if torch.cuda.is_available() and f"random/cuda/{_rank()}" in reader:
-        torch.cuda.set_rng_state(reader.tensor(f"random/cuda/{_rank()}"))
-
-
-def _refuse_average(engine: Any, what: str) -> None:
-    if getattr(engine, "_gatewright_average_applied", False):
-        raise RuntimeError(
-            f"{what} inside `with ema.applied()`: the model holds the average there, leave the block first"
-        )
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    torch.set_rng_state(reader.tensor(f"random/cpu/{rank()}"))
+    if torch.cuda.is_available() and f"random/cuda/{rank()}" in reader:
+        torch.cuda.set_rng_state(reader.tensor(f"random/cuda/{rank()}"))
 
 
 def _expert_parallel_size(engine: Any) -> int:
     return next((layer.parallel.size for layer in moe_layers(engine.module)), 1)
-
-
-def _agree(error: Exception | None, kind: type[Exception], what: str) -> None:
-    """Raises on every rank if there is an error on any."""
-    errors: list[str | None] = [None] * _world()
-    mine = None if error is None else str(error) or type(error).__name__
-    if _world() > 1:
-        dist.all_gather_object(errors, mine)
-    else:
-        errors = [mine]
-    for rank, message in enumerate(errors):
-        if message is not None:
-            raise kind(f"{message} (rank {rank}): {what}") from error
-
-
-def _on_rank_0(action: Any, kind: type[Exception]) -> Any:
-    """Runs on rank 0; every rank returns what it returned, or raises what it raised."""
-    outcome: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            outcome[0] = action()
-        except Exception as error:
-            outcome[1] = str(error) or type(error).__name__
-    if _world() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise kind(outcome[1])
-    return outcome[0]

@@ -1,6 +1,6 @@
 """DeepSpeed's configuration: a good one to start from, and which of its settings go with our layers.
 
-What is not supported is refused by name, with the reason, before anything is built; nothing that a user sets is ignored.
+What is not supported is refused by name, with the reason; nothing that a user sets is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def default_config(
 
     Args:
         zero_stage: 0 to 3.
-        dtype: of the model, "float32" or "bfloat16"; weights and optimizer state that are stepped are float32 either way.
+        dtype: of the model, "float32" or "bfloat16"; what the optimizer steps is float32 either way.
         micro_batch: samples a rank and forward.
         accumulation: forwards a step.
         clip: the gradient's norm over the whole model is cut to this; 0 = not at all.
@@ -68,7 +68,7 @@ def default_config(
 _ELSEWHERE = "gatewright's layer lays out experts over data-parallel ranks only"
 # section or setting -> why not; a dotted name goes into sections
 _REFUSED = {
-    "fp16": "its unfused optimizer leaves experts out of overflow and norm (deepspeed#8613), and routers need bfloat16's range; "
+    "fp16": "its unfused optimizer leaves experts out of the norm (deepspeed#8613), and routers need bfloat16's range; "
     "use bf16",
     "torch_autocast": "weights and checkpoints are laid out for bf16; use bf16",
     "amp": "apex replaces the optimizer that checkpoints read; use bf16",
@@ -85,8 +85,8 @@ _REFUSED = {
     "hybrid_engine": "it replaces modules",
     "sparse_gradients": "experts' gradients are dense",
     "compile": "DeepCompile rewrites what ZeRO's hooks do around the layer",
-    "checkpoint.load_universal": "DeepSpeed's universal checkpoints lose Adam's step at ZeRO-3; save_checkpoint and "
-    "load_checkpoint of gatewright.moe.hosts.deepspeed fit every layout",
+    "checkpoint.load_universal": "it leaves out buffers, which are the routers' state, and counts Adam's step wrongly "
+    "at ZeRO-3; save_checkpoint and load_checkpoint of gatewright.moe.hosts.deepspeed fit every layout",
     "data_types.param_dtype": "the model's type follows bf16",
     "zero_optimization.offload_optimizer": "checkpoints and averages read the optimizer's state where it is stepped",
     "zero_optimization.offload_param": "checkpoints and averages read the weights where they are stepped",
@@ -132,8 +132,8 @@ def check_config(config: dict[str, Any]) -> dict[str, Any]:
     optimizer = config.get("optimizer")
     if optimizer is not None and str(optimizer.get("type", "")).lower() not in [name.lower() for name in OPTIMIZERS]:
         raise ValueError(
-            f"DeepSpeed configuration: optimizer.type={optimizer.get('type')!r}: choose one of {OPTIMIZERS}, whose state "
-            "checkpoints and averages are written for"
+            f"DeepSpeed configuration: optimizer.type={optimizer.get('type')!r}: choose one of {OPTIMIZERS}, whose "
+            "state checkpoints and averages are written for"
         )
     return config
 

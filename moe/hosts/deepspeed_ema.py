@@ -2,9 +2,9 @@
 
     ema <- d * ema + (1 - d) * weights          d = min(decay, (1 + step) / (10 + step))
 
-The average is one entry more in the inner optimizer's state of each weight ("ema"), which torch's and DeepSpeed's Adam leave alone.
-So it is float32 whatever the model is, split over the ranks as ZeRO splits the optimizer, and saved and resharded with it.
-The ramp of d lets short runs average over what they trained, not over their initial weights.
+The average is one entry more in the inner optimizer's state of each weight ("ema"), which torch's and DeepSpeed's Adam
+leave alone. So it is float32 whatever the model is, split over the ranks as ZeRO splits the optimizer, and saved and
+resharded with it. The ramp of d lets short runs average over what they trained, not over their initial weights.
 
     ema = EMA(engine, decay=0.9999)
     ...
@@ -14,7 +14,7 @@ The ramp of d lets short runs average over what they trained, not over their ini
         ema.update(engine.global_steps)
     ...
     with ema.applied():
-        evaluate(engine)              # the average's weights are in the model; afterwards the trained ones are back, bit for bit
+        evaluate(engine)      # the average is in the model; afterwards the trained weights are back, bit for bit
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class EMA:
     """The moving average of an engine's weights. Frozen parameters are their own average.
 
     Args:
-        engine: from ``deepspeed.initialize``. An average that ``load_checkpoint`` brought is kept; otherwise it starts at the weights.
+        engine: from ``deepspeed.initialize``. An average that ``load_checkpoint`` brought is kept; otherwise it starts
+            at the weights.
         decay: d, the share that stays each step.
 
     Raises:
@@ -49,8 +50,9 @@ class EMA:
             raise ValueError(f"decay={decay}: choose 0 (no averaging) or more, and less than 1")
         self.engine, self.decay = engine, decay
         prepare_state(engine)
+        self._weights = flats(engine)
         state = inner_optimizer(engine).state
-        for flat in flats(engine):
+        for flat in self._weights:
             state[flat].setdefault(EMA_KEY, flat.detach().clone())
 
     @torch.no_grad()
@@ -60,11 +62,11 @@ class EMA:
         Args:
             step: how many steps were applied, this one included.
         """
-        _refuse_inside(self.engine, "ema.update")
+        refuse_averaged(self.engine, "ema.update")
         decay = min(self.decay, (1 + step) / (10 + step))
         state = inner_optimizer(self.engine).state
-        weights = flats(self.engine)
-        torch._foreach_lerp_([state[flat][EMA_KEY] for flat in weights], [flat.detach() for flat in weights], 1 - decay)
+        averages = [state[flat][EMA_KEY] for flat in self._weights]
+        torch._foreach_lerp_(averages, [flat.detach() for flat in self._weights], 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -73,7 +75,7 @@ class EMA:
         Works at every stage: at ZeRO-3 the engine gathers the weights in forward, as ever. The average and the weights
         change places, so nothing is copied aside and nothing is lost.
         """
-        _refuse_inside(self.engine, "ema.applied")
+        refuse_averaged(self.engine, "ema.applied")
         self._exchange()
         self.engine._gatewright_average_applied = True
         try:
@@ -85,7 +87,7 @@ class EMA:
     @torch.no_grad()
     def _exchange(self) -> None:
         state = inner_optimizer(self.engine).state
-        for flat in flats(self.engine):
+        for flat in self._weights:
             weights, average = flat.detach().view(-1), state[flat][EMA_KEY].view(-1)
             for start in range(0, weights.numel(), CHUNK):
                 mine, other = weights[start : start + CHUNK], average[start : start + CHUNK]
@@ -95,7 +97,7 @@ class EMA:
         publish(self.engine)
 
 
-def _refuse_inside(engine: Any, what: str) -> None:
+def refuse_averaged(engine: Any, what: str) -> None:
     if getattr(engine, "_gatewright_average_applied", False):
         raise RuntimeError(
             f"{what} inside `with ema.applied()`: the model holds the average there, leave the block first"
@@ -116,7 +118,7 @@ def ema_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """The float32 weights by parameter name, whole, experts of all ranks included, one at a time, on every rank. Collective."""
+    """The float32 weights by parameter name; see ``ema_parameters``. Collective."""
     return _full_parameters(engine, MASTER)
 
 

@@ -2,12 +2,14 @@
 
 Before it reads anything, a checkpoint is refused that
 
-* is not DeepSpeed's, or in which a file is more than tensors, numbers and text: DeepSpeed unpickles what it loads, which runs
-  whatever code a stranger put there. Every file is first loaded the restricted way (``weights_only=True``), with the few harmless
-  classes allowed that DeepSpeed itself stores;
-* was saved at another expert parallelism, with the optimizer's state: at ZeRO-1 and 2, DeepSpeed 0.19.8 loads it without an error
-  and with wrong optimizer state. Weights alone (``load_module_only=True``) load rightly at ZeRO-0 to 2, and are let through;
-* is universal, into ZeRO-3: Adam's step is lost (0.19.8: one counter is shared by all parts, and counts each of them).
+* is not DeepSpeed's, or in which a file is more than tensors, numbers and text: DeepSpeed unpickles what it loads,
+  which runs whatever code a stranger put there. Every file is first loaded the restricted way (``weights_only=True``),
+  with the few harmless classes allowed that DeepSpeed itself stores;
+* was saved at another expert parallelism, with the optimizer's state: at ZeRO-1 and 2, DeepSpeed 0.19.8 loads it
+  without an error and with wrong optimizer state. Weights alone (``load_module_only=True``) load rightly at ZeRO-0 to
+  2, and are let through;
+* is universal: buffers are not loaded, so routers begin anew, and at ZeRO-3 all parts of the weights share one counter
+  of Adam's steps, which then counts each part's (0.19.8).
 
 ``save_checkpoint`` and ``load_checkpoint`` of this package fit every layout and hold no pickle.
 """
@@ -20,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from .checkpoint_files import MANIFEST
-from .deepspeed_checkpoint import _agree
+from .ranks import agree, rank, world
 
 INSTEAD = "use save_checkpoint and load_checkpoint of gatewright.moe.hosts.deepspeed, which fit every layout"
-ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+# what DeepSpeed 0.19.8 stores beside tensors and plain values: numbers in a class, no code
+ALLOWED = [fragment_address, LossScaler, ZeroStageEnum]
 _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
@@ -52,7 +54,7 @@ def check_native_checkpoint(
         _check(engine, layers, folder, weights_only, universal)
     except ValueError as problem:
         error = problem
-    _agree(error, ValueError, "nothing was loaded")
+    agree(error, ValueError, "nothing was loaded")
 
 
 def _check(engine: Any, layers: list[Any], folder: Path, weights_only: bool, universal: bool) -> None:
@@ -60,12 +62,14 @@ def _check(engine: Any, layers: list[Any], folder: Path, weights_only: bool, uni
         raise ValueError(f"{folder} is a checkpoint of gatewright's: load it by load_checkpoint(engine, path)")
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: expected a DeepSpeed checkpoint")
-    if universal and engine.zero_optimization_stage() == 3:
-        raise ValueError(f"{folder} as a universal checkpoint at ZeRO-3: DeepSpeed 0.19.8 loses Adam's step; {INSTEAD}")
-    check_pickles(folder, dist.get_rank(), dist.get_world_size())
-    if not universal:
-        for record in _records(folder):
-            _check_record(record, layers, engine, folder, weights_only)
+    if universal:
+        raise ValueError(
+            f"{folder} as a universal checkpoint: DeepSpeed 0.19.8 leaves out buffers, which are the routers' state, "
+            f"and at ZeRO-3 counts Adam's step wrongly; {INSTEAD}"
+        )
+    check_pickles(folder, rank(), world())
+    for record in _records(folder):
+        _check_record(record, layers, engine, folder, weights_only)
 
 
 def check_pickles(folder: Path, part: int = 0, parts: int = 1) -> None:
@@ -87,8 +91,8 @@ def _restricted(file: Path) -> Any:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{file} does not load with weights_only=True ({reason}): it is damaged, or holds more than tensors and could run "
-            "code when loaded; only load checkpoints that DeepSpeed wrote"
+            f"{file} does not load with weights_only=True ({reason}): it is damaged, or holds more than tensors and "
+            "could run code when loaded; only load checkpoints that DeepSpeed wrote"
         ) from None
 
 
@@ -116,6 +120,6 @@ def _check_record(record: dict[str, Any], layers: list[Any], engine: Any, folder
     exact = not weights_only or engine.zero_optimization_stage() == 3
     if record["ep_size"] != layer.ep_size and exact:
         raise ValueError(
-            f"{folder} was saved at expert parallelism {record['ep_size']}, this run has {layer.ep_size}: DeepSpeed 0.19.8 would load "
-            f"it with wrong optimizer state; {INSTEAD}"
+            f"{folder} was saved at expert parallelism {record['ep_size']}, this run has {layer.ep_size}: DeepSpeed "
+            f"0.19.8 would load it with wrong optimizer state; {INSTEAD}"
         )

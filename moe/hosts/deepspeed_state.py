@@ -3,14 +3,15 @@
 The inner optimizer steps float32 tensors ("flat"), of which each rank holds a part:
 
     float32, ZeRO-0     the parameters themselves
-    bfloat16, ZeRO-0    a float32 copy of each (``FP16_UnfusedOptimizer``), or of each group, flattened (``FP16_Optimizer``)
+    bfloat16, ZeRO-0    a float32 copy of each (``FP16_UnfusedOptimizer``), or of a group in one (``FP16_Optimizer``)
     ZeRO-1, 2           this rank's part of each group, flattened; a parameter may begin on one rank and end on the next
     ZeRO-3              this rank's part of every parameter, one after the other
 
-A ``Share`` says where in which flat tensor this rank's piece of a parameter is. Everything that saves, loads or averages
-goes through it. DeepSpeed's own ``safe_get_full_*`` and ``safe_set_full_*`` do not do for that (0.19.8): they know nothing at
-ZeRO-0, add up pieces in float (which loses the sign of a zero), need the optimizer's state to exist before it can be set, fail at
-ZeRO-3 for a parameter that the ranks do not divide, and set the float32 weights without the model's.
+A ``Share`` says where in which flat tensor this rank's piece of a parameter is. Everything that saves, loads or
+averages goes through it. DeepSpeed's own ``safe_get_full_*`` and ``safe_set_full_*`` do not do for that (0.19.8): they
+know nothing at ZeRO-0, add up pieces in float (which loses the sign of a zero), need the optimizer's state to exist
+before it can be set, fail at ZeRO-3 for a parameter that the ranks do not divide, and set the float32 weights without
+the model's.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def shares(engine: Any) -> dict[str, Share]:
-    """Every parameter's share, by the parameter's name in the model, in the model's order: the same names on every rank."""
+    """Every parameter's share, by its name in the model, in the model's order: the same names on every rank."""
     banks = {
         id(parameter): (
             layer.experts.ids,
@@ -161,7 +162,7 @@ def flats(engine: Any) -> list[Tensor]:
 
 
 def kinds(engine: Any) -> list[str]:
-    """The names of the optimizer's tensors, one element a weight: "exp_avg", "exp_avg_sq", "ema"; the same on every rank."""
+    """The optimizer's tensors with one element a weight, "exp_avg", "exp_avg_sq", "ema": the same on every rank."""
     state = inner_optimizer(engine).state
     names = {key for flat in flats(engine) for key, value in state.get(flat, {}).items() if _is_per_weight(value, flat)}
     return sorted(names)
@@ -205,7 +206,7 @@ def assemble(engine: Any, share: Share, kind: str, *, everywhere: bool = False) 
 
 @torch.no_grad()
 def prepare_state(engine: Any) -> None:
-    """Makes Adam's state where the optimizer has not stepped yet, as its first step would: it makes none where it finds any.
+    """Makes Adam's state before the first step, as that would: it makes none where it finds any.
 
     Raises:
         ValueError: another optimizer than Adam.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer, finish_step
 from gatewright.moe.parallel import clip_gradients, grad_norm
@@ -48,10 +49,17 @@ class Block(nn.Module):
 
 class Toy(nn.Module):
     def __init__(
-        self, router: str, layer: type, parallel: ExpertParallel, num_experts: int = 4, **options: Any
+        self,
+        router: str,
+        layer: type,
+        parallel: ExpertParallel,
+        num_experts: int = 4,
+        recompute: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.recompute = recompute
         self.embed, self.head = nn.Linear(FEATURES, DIM), nn.Linear(DIM, FEATURES)
         self.position = nn.Parameter(torch.randn(LENGTH, DIM), requires_grad=False)
         options = ROUTERS[router] | options
@@ -73,7 +81,10 @@ class Toy(nn.Module):
         hidden = self.embed(x) + self.position
         total = 0.0
         for block in self.blocks:
-            hidden, loss = block(hidden, null)
+            if self.recompute:
+                hidden, loss = checkpoint(block, hidden, null, use_reentrant=False)
+            else:
+                hidden, loss = block(hidden, null)
             total = total + loss
         return F.mse_loss(self.head(hidden), x) + 0.1 * total
 

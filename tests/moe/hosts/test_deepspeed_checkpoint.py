@@ -1,4 +1,4 @@
-"""Checkpoints: a resumed run is the run that did not stop, at any layout; what is damaged, foreign or cut is refused."""
+"""Checkpoints: a resumed run is the run that did not stop, at any layout; what is damaged or foreign is refused."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed_toy import Run, without_key_bias
+from distributed import RankFailed
 
 from gatewright.moe.hosts import checkpoint_files
 from gatewright.moe.hosts.checkpoint_files import (
@@ -242,6 +243,30 @@ def test_kill_9_at_any_point_leaves_a_good_checkpoint(ranks, tmp_path):
     # the new one counts once its folder has its name; the pointer follows
     assert before[:5] == [1, 1, 1, 1, 1] and before[5:] == [2, 2], outcomes
     assert len(left) == 2 and left[0] == "latest" and left[1].startswith("step-00000002"), left
+
+
+def check_kill_one(folder):
+    """Rank 1 dies in the middle of a save, rank 0 waits for it."""
+    from gatewright.moe.hosts.deepspeed import save_checkpoint
+
+    with Run("promoe", stage=2, ep=2, ema=0.9) as run:
+        run.train(0, 1)
+        save_checkpoint(run.engine, folder)
+        run.train(1, 2)
+        if run.rank == 1:
+            kill_at("checkpoint_files", "save_file", 2)
+        save_checkpoint(run.engine, folder, shard_bytes=5_000)
+
+
+@pytest.mark.evidence
+def test_kill_9_of_one_rank(ranks, tmp_path):
+    with pytest.raises(RankFailed):
+        ranks(2).run(check_kill_one, tmp_path)
+    assert find_latest(tmp_path).name == "step-00000001"
+    for loaded in ranks(2).run(check_load, tmp_path, 1, save_to=tmp_path, router="promoe", stage=1, ep=1, ema=0.9):
+        assert loaded["next"]["losses"]
+    # the next save removed what the killed one left
+    assert not list(tmp_path.glob(".saving-*"))
 
 
 def check_full_disk(folder):

@@ -56,9 +56,9 @@ def test_the_average_and_its_use(ranks, stage, dtype):
 
 def check_model_with_average():
     """The model in evaluation with the average's weights, loaded into a plain model, computes the same."""
-    from gatewright.moe import ExpertParallel, MoELayer
-
     from deepspeed_toy import Toy
+
+    from gatewright.moe import ExpertParallel, MoELayer
 
     with Run("promoe", stage=3, ep=2, ema=0.5, lr=1e-2) as run:
         run.train(0, 3)

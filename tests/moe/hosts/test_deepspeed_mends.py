@@ -277,12 +277,12 @@ def check_universal(folder):
 
     with Run("topk", stage=3, ep=2) as run:
         layers = [m for m in run.engine.module.modules() if isinstance(m, DeepSpeedMoELayer)]
-        with pytest.raises(ValueError, match=r"ZeRO-3: DeepSpeed 0\.19\.8 loses Adam's step"):
+        with pytest.raises(ValueError, match="at ZeRO-3 counts Adam's step wrongly"):
             check_native_checkpoint(run.engine, layers, Path(folder), weights_only=False, universal=True)
     with pytest.raises(ValueError, match="checkpoint.load_universal=true is not supported"):
         Run("topk", stage=1, ep=2, config={"checkpoint": {"load_universal": True}})
     return True
 
 
-def test_universal_checkpoints_are_refused_at_zero_3(ranks, tmp_path):
+def test_universal_checkpoints_are_refused(ranks, tmp_path):
     assert ranks(2).run(check_universal, tmp_path) == [True, True]

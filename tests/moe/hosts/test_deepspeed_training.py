@@ -16,8 +16,8 @@ def plain(router, clip):
     return train_plainly(router, STEPS, clip)
 
 
-def check_training(router, stage, ep, clip, steps=STEPS):
-    with Run(router, stage=stage, ep=ep, clip=clip) as run:
+def check_training(router, stage, ep, clip, steps=STEPS, **options):
+    with Run(router, stage=stage, ep=ep, clip=clip, **options) as run:
         return run.train(0, steps) | {"parameters": run.parameters(), "buffers": run.buffers()}
 
 
@@ -45,3 +45,9 @@ def test_every_stage_follows_one_process(ranks, world, ep, stage):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_every_router_follows_one_process(ranks, router, stage):
     hold_to_plain(ranks(2).run(check_training, router, stage, 2, 0.5), router, 0.5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_recomputing_blocks_changes_nothing(ranks, stage):
+    results = ranks(2).run(check_training, "topk", stage, 2, 0.5, recompute=True)
+    hold_to_plain(results, "topk", 0.5)
