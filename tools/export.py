@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..moe.hosts.checkpoint_files import flush_to_disk, write_text
 from .runs import Run
-from .weights import CONFIG, KINDS, WEIGHTS, Source, describe, read_weights
+from .weights import CONFIG, KINDS, WEIGHTS, Source, description, read_weights
 
 
 def export(run: Path, out: Path, *, weights: str | None = None) -> Source:
@@ -57,7 +57,7 @@ def write_export(out: Path, state: Mapping[str, Tensor], run: Run, source: Sourc
         partial.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / WEIGHTS, {"format": "pt"})
         flush_to_disk(partial / WEIGHTS)
-        write_text(partial / CONFIG, describe(run, source))
+        write_text(partial / CONFIG, description(run, source))
         shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets nobody else read what it writes
         os.replace(partial, out)
         flush_to_disk(out.parent)

@@ -106,7 +106,7 @@ def _read_export(folder: Path, weights: str | None) -> tuple[Run, Source, dict[s
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def describe(run: Run, source: Source) -> str:
+def description(run: Run, source: Source) -> str:
     """The content of an export's ``config.json``."""
     content: dict[str, Any] = run.content() | source._asdict()
     return json.dumps(content, indent=1, allow_nan=False)

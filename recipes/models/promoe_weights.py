@@ -9,9 +9,8 @@
 | ``blocks.i.mlp.experts.E.*``, the unconditional expert | ``blocks.i.mlp.local_experts.*`` |
 | ``blocks.i.mlp.shared_expert.up_proj``, ``.down_proj`` | ``blocks.i.mlp.shared.up``, ``.down`` |
 
-All other names are equal, and are those of DiT (arXiv:2212.09748), whose dense checkpoints load too. A released
-checkpoint is a pickled dict with ``model_state_dict`` and ``ema_model_state_dict``; it is read as weights only, so it
-can run no code.
+All other names are equal, and are those of DiT (arXiv:2212.09748). A released checkpoint is a pickled dict with
+``model_state_dict`` and ``ema_model_state_dict``; it is read as weights only, so it can run no code.
 
     model = load_released("ckpt_step_500000.pth")
     save_released(model.state_dict(), model.config, "back.safetensors")
@@ -83,15 +82,18 @@ def save_released(state: Mapping[str, Tensor], config: DiTConfig, path: str | os
         ValueError: another ending, or a model that the released code has no names for.
     """
     path = Path(path)
-    released = {name: tensor.detach().cpu().contiguous() for name, tensor in to_released(state, config).items()}
-    partial = path.with_name(f"{path.name}.partial")
-    if path.suffix == ".safetensors":
-        save_file(released, partial)
-    elif path.suffix == ".pth":
-        torch.save({key: released for key in KEYS.values()}, partial)
-    else:
+    if path.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"{path}: choose a name that ends in .safetensors or .pth")
-    os.replace(partial, path)
+    released = {name: tensor.detach().cpu().contiguous() for name, tensor in to_released(state, config).items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(released, partial)
+        else:
+            torch.save(dict.fromkeys(KEYS.values(), released), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_released(path: str | os.PathLike, *, weights: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
