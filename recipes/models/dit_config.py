@@ -2,7 +2,7 @@
 
 | size | depth | dim | heads | input | patch |
 |---|---|---|---|---|---|
-| tiny | 6 | 128 | 4 | 1 x 28 x 28 digits | 4 (2 up to 16 x 16) |
+| tiny | 6 | 96 | 4 | 1 x 28 x 28 digits | 4 (2 up to 16 x 16) |
 | S, B, L, XL | 12, 12, 24, 28 | 384, 768, 1024, 1152 | 6, 12, 16, 16 | 4 x 32 x 32 latents | 2 |
 
 A dense feed-forward has hidden width 4 * dim. Experts stand in every second block (1, 3, 5, ...), and a token activates
@@ -179,7 +179,7 @@ class DiTConfig:
 
 
 _BODY = {
-    "tiny": {"depth": 6, "dim": 128, "heads": 4},
+    "tiny": {"depth": 6, "dim": 96, "heads": 4},
     "S": {"depth": 12, "dim": 384, "heads": 6},
     "B": {"depth": 12, "dim": 768, "heads": 12},
     "L": {"depth": 24, "dim": 1024, "heads": 16},

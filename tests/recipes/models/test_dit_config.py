@@ -98,7 +98,7 @@ def test_tiny_takes_the_patch_from_the_picture():
         ("Xl", "promoe", {}, "did you mean XL"),
         ("tiny", "promeo", {}, "did you mean promoe"),
         ("tiny", "promoe", {"heds": 4}, 'no "heds": did you mean heads'),
-        ("tiny", "promoe", {"heads": 5}, "heads=5 does not divide dim=128"),
+        ("tiny", "promoe", {"heads": 5}, "heads=5 does not divide dim=96"),
         ("tiny", "promoe", {"patch": 3}, r"patch=3 does not divide .* choose one of \[1, 2, 4, 7, 14, 28\]"),
         ("tiny", "promoe", {"top_k": 7}, "top_k=7"),
         ("tiny", "promoe", {"label_dropout": 1.5}, "label_dropout=1.5: choose 0 to 1"),
