@@ -72,7 +72,8 @@ def save_checkpoint(
 
     Raises:
         ValueError: the engine is between steps, or ``extra`` is not JSON.
-        OSError: a rank could not write, on a full disk for instance. The checkpoints before are as they were.
+        OSError: a rank could not write, on a full disk for instance, or the model's weights are others than the
+            optimizer's (they were set after ``deepspeed.initialize``). The checkpoints before are as they were.
     """
     extra = {} if extra is None else extra
     _check_can_save(engine, extra, keep)
@@ -135,6 +136,8 @@ def _write_tensors(engine: Any, writer: ShardWriter) -> None:
             whole = assemble(engine, share, kind)
             if whole is None or not _writes(engine, share):
                 continue
+            if kind == MASTER and not _is_in_model(share, whole):
+                writer.error = writer.error or RuntimeError(f"{name} is not in the model what it is in the optimizer")
             if share.experts is None:
                 writer.add(f"{kind}/{name}", whole)
             else:
@@ -154,6 +157,12 @@ def _writes(engine: Any, share: Share) -> bool:
     if share.experts is None:
         return rank() == 0
     return rank() < _expert_parallel_size(engine)
+
+
+def _is_in_model(share: Share, master: torch.Tensor) -> bool:
+    """Whether the model holds, rounded, what the optimizer steps; at ZeRO-3 it is not there to be compared."""
+    parameter = share.parameter
+    return hasattr(parameter, "ds_id") or torch.equal(master.to(parameter.dtype), parameter.detach())
 
 
 def _buffers(engine: Any) -> dict[str, torch.Tensor]:

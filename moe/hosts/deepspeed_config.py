@@ -88,9 +88,15 @@ _REFUSED = {
     "checkpoint.load_universal": "it leaves out buffers, which are the routers' state, and counts Adam's step wrongly "
     "at ZeRO-3; save_checkpoint and load_checkpoint of gatewright.moe.hosts.deepspeed fit every layout",
     "data_types.param_dtype": "the model's type follows bf16",
+    "data_types.buffer_dtype": "a router's state would stand still in bfloat16",
+    "bf16.bf16_master_weights_and_grads": "what the optimizer steps, and the average of it, is float32",
+    "bf16.bf16_optimizer_states": "what the optimizer steps, and the average of it, is float32",
     "zero_optimization.offload_optimizer": "checkpoints and averages read the optimizer's state where it is stepped",
     "zero_optimization.offload_param": "checkpoints and averages read the weights where they are stepped",
     "zero_optimization.zenflow": "it steps parts of the weights at other times",
+    "zero_optimization.round_robin_gradients": "with it, DeepSpeed 0.19.8 takes parts of other weights for a weight's "
+    "float32 values (_link_all_hp_params), and checkpoints would too",
+    "zero_optimization.stage3_module_granularity_threshold": "it chooses ZeRO-3's leaves anew; the layer has to be one",
     "zero_optimization.zero_hpz_partition_size": "DeepSpeed refuses hpZeRO with experts at ZeRO-3",
     "zero_optimization.mics_shard_size": "MiCS makes groups that leave experts out",
     "zero_optimization.zero_quantized_weights": "not exact, and DeepSpeed has it for dense groups only",
@@ -101,8 +107,9 @@ _REFUSED = {
     "zero_optimization.super_offload": "checkpoints and averages read the optimizer's state where it is stepped",
 }
 # values with which a refused setting is off
-_OFF = (None, False, 0, 1, "none", {}, [])
+_OFF = (None, False, 0, 1, -1, "none", {}, [])
 _REQUIRED_TRUE = {
+    "managed_gradient_accumulation": "a checkpoint has to know where a step ends",
     "zero_optimization.contiguous_gradients": "ZeRO-1 and 2 reduce experts' gradients only with it",
     "zero_optimization.reduce_scatter": "ZeRO-1 and 2 reduce experts' gradients only with it",
     "zero_optimization.compute_grad_norm": "the gradient's norm is reported and clipped by",

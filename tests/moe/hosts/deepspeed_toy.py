@@ -116,9 +116,7 @@ def train_plainly(router: str, steps: int, clip: float = CLIP, lr: float = 1e-4)
         "losses": losses,
         "norms": norms,
         "parameters": {name: p.detach() for name, p in model.named_parameters()},
-        "buffers": {
-            name: b for name, b in model.state_dict().items() if name.endswith(("bias", "threshold")) and b.dim() < 2
-        },
+        "buffers": dict(model.named_buffers()),
     }
 
 
@@ -170,7 +168,8 @@ class Run:
             lr=lr,
             weight_decay=weight_decay,
         )
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        # so that ZeRO-3 really splits, into several parts that are stepped apart
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000}
         if scheduler:
             settings["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 30, "warmup_max_lr": lr}}
         settings |= config or {}

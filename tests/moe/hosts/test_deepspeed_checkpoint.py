@@ -489,6 +489,20 @@ def check_wrong_moments():
     return messages
 
 
+def check_other_weights(folder):
+    from gatewright.moe.hosts.deepspeed import save_checkpoint
+
+    with Run("topk", stage=1, ep=2) as run, torch.no_grad():
+        run.engine.module.head.bias += 1
+        with pytest.raises(OSError, match="head.bias is not in the model what it is in the optimizer"):
+            save_checkpoint(run.engine, folder)
+    return list(Path(folder).iterdir())
+
+
+def test_weights_that_the_optimizer_does_not_know_are_refused(ranks, tmp_path):
+    assert ranks(2).run(check_other_weights, tmp_path) == [[], []]
+
+
 def test_wrong_moments_are_refused(ranks):
     messages = ranks(1).run(check_wrong_moments)[0]
     assert "keep=0: choose at least 1" in messages["keep"]
