@@ -55,7 +55,7 @@ class Shape:
 
 # the diffusion transformers tiny, S and B of recipes/models/dit_config.py
 SHAPES = {
-    "tiny": Shape(dim=128, experts=6, length=49, batch=128),
+    "tiny": Shape(dim=96, experts=6, length=49, batch=128),
     "S": Shape(dim=384, experts=12, length=256, batch=16),
     "B": Shape(dim=768, experts=12, length=256, batch=16),
 }

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from gatewright.recipes.models import dit_config
 from gatewright.tools import bench
 
 SHAPE = bench.Shape(dim=16, experts=3, length=8, batch=10)
@@ -40,6 +41,13 @@ def test_the_loop_computes_what_the_layer_does(small):
 def test_each_activates_as_many_hidden_units(small):
     layer = small.layer
     assert small.dense.spec.hidden == layer.spec.hidden + layer.shared.spec.hidden
+
+
+@pytest.mark.parametrize("size", bench.SHAPES)
+def test_shapes_are_those_of_the_recipes(size):
+    config, shape = dit_config(size, "promoe"), bench.SHAPES[size]
+    assert (shape.dim, shape.experts, shape.length) == (config.dim, config.num_experts, config.num_tokens)
+    assert config.expert_hidden == 2 * shape.dim and config.hidden == 4 * shape.dim and config.top_k == 1
 
 
 def test_inputs_vary_and_follow_from_the_seed(small):
