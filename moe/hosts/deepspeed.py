@@ -41,25 +41,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.autoep_affine import (
-    autoep_experts_for_rank,
-    autoep_placement_to_affine_map,
-    legacy_uniform_autoep_placement_descriptor,
-)
-from deepspeed.checkpoint.constants import (
-    AFFINE_MAP,
-    AUTOEP_EXPERT_PLACEMENT,
-    AUTOEP_PARAM_EP_RANK,
-    AUTOEP_PARAM_LOCAL_EXPERTS,
-    AUTOEP_PARAM_LOGICAL_SHAPE,
-    DS_AUTOEP_UC_META,
-)
-from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
+
+try:
+    from deepspeed.checkpoint.autoep_affine import (
+        autoep_experts_for_rank,
+        autoep_placement_to_affine_map,
+        legacy_uniform_autoep_placement_descriptor,
+    )
+    from deepspeed.checkpoint.constants import (
+        AFFINE_MAP,
+        AUTOEP_EXPERT_PLACEMENT,
+        AUTOEP_PARAM_EP_RANK,
+        AUTOEP_PARAM_LOCAL_EXPERTS,
+        AUTOEP_PARAM_LOGICAL_SHAPE,
+        DS_AUTOEP_UC_META,
+    )
+    from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+except ImportError as error:
+    raise ImportError(
+        "gatewright.moe.hosts.deepspeed needs DeepSpeed 0.19.8 or newer, below 0.20: pip install gatewright[deepspeed]"
+    ) from error
 
 from ...routers.base import Router, Routing, TokenContext
 from ..experts import ExpertSpec
