@@ -72,8 +72,9 @@ def save_checkpoint(
 
     Raises:
         ValueError: the engine is between steps, or ``extra`` is not JSON.
-        OSError: a rank could not write, on a full disk for instance, or the model's weights are others than the
-            optimizer's (they were set after ``deepspeed.initialize``). The checkpoints before are as they were.
+        OSError: a rank could not write, on a full disk for instance; or a weight is not finite, or not in the model
+            what it is in the optimizer (it was set after ``deepspeed.initialize``). The checkpoints before are as they
+            were.
     """
     extra = {} if extra is None else extra
     _check_can_save(engine, extra, keep)
@@ -136,8 +137,8 @@ def _write_tensors(engine: Any, writer: ShardWriter) -> None:
             whole = assemble(engine, share, kind)
             if whole is None or not _writes(engine, share):
                 continue
-            if kind == MASTER and not _is_in_model(share, whole):
-                writer.error = writer.error or RuntimeError(f"{name} is not in the model what it is in the optimizer")
+            if kind == MASTER and writer.error is None:
+                writer.error = _problem(name, share, whole)
             if share.experts is None:
                 writer.add(f"{kind}/{name}", whole)
             else:
@@ -159,10 +160,14 @@ def _writes(engine: Any, share: Share) -> bool:
     return rank() < _expert_parallel_size(engine)
 
 
-def _is_in_model(share: Share, master: torch.Tensor) -> bool:
-    """Whether the model holds, rounded, what the optimizer steps; at ZeRO-3 it is not there to be compared."""
+def _problem(name: str, share: Share, master: torch.Tensor) -> Exception | None:
+    """What speaks against a checkpoint of these weights. At ZeRO-3 the model's are not there to be compared."""
+    if not master.isfinite().all():
+        return RuntimeError(f"{name} holds NaN or infinity")
     parameter = share.parameter
-    return hasattr(parameter, "ds_id") or torch.equal(master.to(parameter.dtype), parameter.detach())
+    if not hasattr(parameter, "ds_id") and not torch.equal(master.to(parameter.dtype), parameter.detach()):
+        return RuntimeError(f"{name} is not in the model what it is in the optimizer")
+    return None
 
 
 def _buffers(engine: Any) -> dict[str, torch.Tensor]:

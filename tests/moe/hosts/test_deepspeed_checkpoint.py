@@ -496,10 +496,15 @@ def check_other_weights(folder):
         run.engine.module.head.bias += 1
         with pytest.raises(OSError, match="head.bias is not in the model what it is in the optimizer"):
             save_checkpoint(run.engine, folder)
+    with Run("topk", stage=3, ep=2) as run, torch.no_grad():
+        if run.rank == 1:
+            run.engine.optimizer.fp32_partitioned_groups_flat[0][0] = torch.nan
+        with pytest.raises(OSError, match="holds NaN or infinity"):
+            save_checkpoint(run.engine, folder)
     return list(Path(folder).iterdir())
 
 
-def test_weights_that_the_optimizer_does_not_know_are_refused(ranks, tmp_path):
+def test_weights_that_nobody_should_go_on_from_are_refused(ranks, tmp_path):
     assert ranks(2).run(check_other_weights, tmp_path) == [[], []]
 
 
