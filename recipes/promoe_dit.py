@@ -11,7 +11,7 @@ rank sees and draws in a step follows from the seed and the step alone, so a run
 rounding.
 
 Source: ProMoE, arXiv:2510.24711v2, section 5.1 and appendix A, and its released configurations: AdamW 1e-4, batch
-256, clip 0.5, label dropout 0.1, EMA 0.9999. The tiny size has settings of its own.
+256, clip 0.5, label dropout 0.1, EMA 0.9999. The tiny size has a shorter schedule of its own.
 """
 
 from __future__ import annotations
@@ -89,9 +89,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--vae", type=Path, help="folder of the autoencoder that draws the samples of a latents run")
 
     train = parser.add_argument_group("training")
-    train.add_argument("--steps", type=int, help="optimizer steps in all (by default 800 for tiny, 500000 otherwise)")
-    train.add_argument("--batch", type=int, help="images a step, over all ranks (64 for tiny, 256 otherwise)")
-    train.add_argument("--lr", type=float, help="of AdamW, constant (1e-3 for tiny, 1e-4 otherwise)")
+    train.add_argument("--steps", type=int, help="optimizer steps in all (by default 2000 for tiny, 500000 otherwise)")
+    train.add_argument("--batch", type=int, help="images a step, over all ranks (32 for tiny, 256 otherwise)")
+    train.add_argument("--lr", type=float, help="of AdamW (3e-3 for tiny, 1e-4 otherwise)")
+    train.add_argument(
+        "--warmup", type=int, help="steps over which the learning rate rises (50 for tiny, none otherwise)"
+    )
+    train.add_argument(
+        "--decay", type=float, help="share of the steps over which it falls to 0 (0.4 for tiny, 0 otherwise)"
+    )
     train.add_argument("--clip", type=float, default=0.5, help="largest norm of the gradient; 0 = no clipping")
     train.add_argument("--ema", type=float, default=0.9999, help="decay of the averaged weights, ramped up from 0")
     train.add_argument("--seed", type=int, default=0)
@@ -136,9 +142,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     tiny = args.size == "tiny"
-    args.steps = args.steps or (800 if tiny else 500_000)
-    args.batch = args.batch or (64 if tiny else 256)
-    args.lr = args.lr or (1e-3 if tiny else 1e-4)
+    args.steps = args.steps or (2000 if tiny else 500_000)
+    args.batch = args.batch or (32 if tiny else 256)
+    args.lr = args.lr or (3e-3 if tiny else 1e-4)
+    args.warmup = args.warmup if args.warmup is not None else 50 * tiny
+    args.decay = args.decay if args.decay is not None else 0.4 * tiny
+    if args.warmup < 0 or not 0 <= args.decay <= 1:
+        raise ValueError(
+            f"--warmup {args.warmup} --decay {args.decay}: choose steps of at least 0, and a share of 0 to 1"
+        )
     args.eval_every = args.eval_every or max(1, args.steps // 5)
     args.save_every = args.save_every or max(1, args.steps // 5)
     for name in ("steps", "batch", "lr", "eval_every", "save_every", "log_every", "sample_steps", "validation_images"):
@@ -184,9 +196,13 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     ema = EMA(engine, decay=args.ema)
     monitor, log = RoutingMonitor(model, config.top_k), RunLog(run, args, first_step)
     micro_batches = engine.gradient_accumulation_steps()
+    highest_rates = [group["lr"] for group in engine.optimizer.param_groups]
 
     for step in range(first_step, args.steps):
         totals: dict[str, float] = {}
+        if engine.lr_scheduler is None:
+            for group, highest in zip(engine.optimizer.param_groups, highest_rates, strict=True):
+                group["lr"] = highest * rate(step, args)
         cut = {"global_batch": args.batch, "seed": args.seed, "step": step, "rank": rank, "ranks": ranks}
         for batch in batches(data.train, **cut, micro_batches=micro_batches):
             images, labels = batch.images.to(engine.device), batch.labels.to(engine.device)
@@ -274,6 +290,13 @@ def merge_batch(config: dict[str, Any], ours: dict[str, Any], args: argparse.Nam
             asked = f"--batch and --micro_batch make it {value}"
             raise ValueError(f"{args.deepspeed_config}: {name}={config[name]}, but {asked}: remove one")
     return {"optimizer": ours["optimizer"]} | config | sizes
+
+
+def rate(step: int, args: argparse.Namespace) -> float:
+    """The learning rate in ``step``, as a share of the highest: up over the warm-up, down to 0 over the decay."""
+    up = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    falling = args.decay * args.steps
+    return min(up, 1.0, (args.steps - step) / falling) if falling else up
 
 
 def mean_over_ranks(terms: dict[str, Tensor]) -> dict[str, float]:

@@ -31,6 +31,11 @@ What importing this file mends, for engines that hold such a layer and for no ot
   optimizer state, a universal one without buffers and, at ZeRO-3, with a wrong count of Adam's steps, and unpickles
   whatever it finds. Each is refused before anything is read (``deepspeed_native``); ``save_checkpoint`` and
   ``load_checkpoint`` of this package do it right (``deepspeed_checkpoint``).
+And for every process that imports this file:
+
+* On a CPU the engine's start compiles a shared-memory operator that only its inference all-reduce uses. That needs a
+  compiler and takes most of a minute, and a start that is killed meanwhile leaves a lock behind that lets every later
+  one wait for ever, saying nothing. It is left out; that all-reduce then goes through the process group.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 try:
+    from deepspeed import ops
     from deepspeed.checkpoint.autoep_affine import (
         autoep_experts_for_rank,
         autoep_placement_to_affine_map,
@@ -76,6 +82,8 @@ from .deepspeed_checkpoint import load_checkpoint, save_checkpoint
 from .deepspeed_config import check_config, default_config, read_config
 from .deepspeed_ema import EMA, ema_parameters, full_parameters
 from .deepspeed_native import check_native_checkpoint
+
+ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 __all__ = [
     "EMA",

@@ -25,6 +25,8 @@ SMALL = [
     "16",
     "--micro_batch",
     "4",
+    "--decay",
+    "0",
     "--sample_per_class",
     "1",
     "--sample_steps",
@@ -117,7 +119,7 @@ def test_killed_and_resumed_is_not_disturbed(whole, tmp_path):
 
 @pytest.mark.distributed
 def test_resumes_on_two_ranks_with_expert_parallelism(whole, tmp_path):
-    """One process to two that share the experts, at another ZeRO stage, the same micro-batches: equal but for rounding."""
+    """One process to two that share the experts, at another ZeRO stage, the same micro-batches: equal but rounding."""
     folder = tmp_path / "run"
     first = run("--steps", "4", "--save_every", "4", "--eval_every", "4", "--out", str(folder))
     assert first.returncode == 0, first.stderr[-3000:]

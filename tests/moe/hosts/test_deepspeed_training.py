@@ -47,6 +47,13 @@ def test_every_router_follows_one_process(ranks, router, stage):
     hold_to_plain(ranks(2).run(check_training, router, stage, 2, 0.5), router, 0.5)
 
 
+@pytest.mark.evidence
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "promoe"])
+@pytest.mark.parametrize("ep, stage", [(1, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)])
+def test_every_router_follows_one_process_everywhere(ranks, router, ep, stage):
+    hold_to_plain(ranks(2).run(check_training, router, stage, ep, 0.5), router, 0.5)
+
+
 def test_the_routers_state_moves():
     """What the comparison above compares is not what it began with."""
     for router, state in (("topk", "bias"), ("diffmoe", "threshold"), ("race", "threshold")):
