@@ -1,4 +1,4 @@
-# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or 3.12 and a C++ compiler.
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or 3.12.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo "$$python" && break; \
 	done)
 
-# DeepSpeed compiles a small operator on its first start and looks for ninja on the path.
+# The launcher starts the Python that it finds on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test evidence lint install torch-scatter clean

@@ -25,17 +25,16 @@ def read_version() -> str:
 
 
 EXTRAS = {
-    # The adapter in moe/hosts/deepspeed.py relies on what these versions do; ninja builds DeepSpeed's CPU collective.
-    "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja"],
+    # The adapter in moe/hosts/deepspeed.py relies on what these versions do.
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "hf": ["transformers>=5.0,<6"],
     "tensorboard": ["tensorboard"],
     "triton": ["triton; platform_system == 'Linux'"],
-    "megatron": ["megatron-core>=0.16,<0.17"],
+    "megatron": ["megatron-core>=0.16,<0.20"],
     "recipes": [
         "deepspeed>=0.19.8,<0.20",
         "diffusers",
         "mlxtend",
-        "ninja",
         "pillow",
         "scikit-learn",
         "tensorboard",

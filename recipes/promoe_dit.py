@@ -51,6 +51,10 @@ from gatewright.tools.runs import Run, read_run
 
 PROGRAM = "promoe_dit"
 RUNS = Path("runs")
+POSITIVE = (
+    *("steps", "batch", "micro_batch", "lr", "log_every", "eval_every", "save_every"),
+    *("validation_images", "sample_per_class", "sample_steps"),
+)
 # what a run may change when it is resumed
 LAYOUT = (
     "ep",
@@ -142,20 +146,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     tiny = args.size == "tiny"
-    args.steps = args.steps or (2000 if tiny else 500_000)
-    args.batch = args.batch or (32 if tiny else 256)
-    args.lr = args.lr or (3e-3 if tiny else 1e-4)
-    args.warmup = args.warmup if args.warmup is not None else 50 * tiny
-    args.decay = args.decay if args.decay is not None else 0.4 * tiny
+    defaults = {
+        "steps": 2000 if tiny else 500_000,
+        "batch": 32 if tiny else 256,
+        "lr": 3e-3 if tiny else 1e-4,
+        "warmup": 50 if tiny else 0,
+        "decay": 0.4 if tiny else 0.0,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("eval_every", "save_every"):
+        if getattr(args, name) is None:
+            setattr(args, name, max(1, args.steps // 5))
     if args.warmup < 0 or not 0 <= args.decay <= 1:
         raise ValueError(
             f"--warmup {args.warmup} --decay {args.decay}: choose steps of at least 0, and a share of 0 to 1"
         )
-    args.eval_every = args.eval_every or max(1, args.steps // 5)
-    args.save_every = args.save_every or max(1, args.steps // 5)
-    for name in ("steps", "batch", "lr", "eval_every", "save_every", "log_every", "sample_steps", "validation_images"):
-        if getattr(args, name) <= 0:
+    for name in POSITIVE:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name} {getattr(args, name)}: choose a positive number")
+    if args.guidance < 0:
+        raise ValueError(f"--guidance {args.guidance}: choose 0 (no class), 1 (no guidance) or more")
     return args
 
 
@@ -188,11 +200,13 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data = load_data(args.data, image_size=args.image_size)
     config = make_config(args, data)
-    check_options(args, config, ranks)
+    check_options(args, config, data, ranks)
     check_resumable(run, config) if resumed else write_run(run, config, args)
     engine = make_engine(args, config)
     model, objective = engine.module, create_objective(args.objective, config)
-    first_step = load_checkpoint(engine, run / "checkpoints")["step"] if resumed else 0
+    # a run that was killed before its first checkpoint begins anew
+    saved = resumed and find_latest(run / "checkpoints") is not None
+    first_step = load_checkpoint(engine, run / "checkpoints")["step"] if saved else 0
     ema = EMA(engine, decay=args.ema)
     monitor, log = RoutingMonitor(model, config.top_k), RunLog(run, args, first_step)
     micro_batches = engine.gradient_accumulation_steps()
@@ -217,8 +231,9 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
             monitor.add(result.routings)
             engine.backward(result.total)
             engine.step()
-        finish_step(model)
-        ema.update(step + 1)
+        if engine.was_step_applied():
+            finish_step(model)
+            ema.update(step + 1)
         totals["grad_norm"] = global_grad_norm(engine)
         log.step(step, totals)
         done = step + 1
@@ -234,12 +249,18 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     log.close(picture)
 
 
-def check_options(args: argparse.Namespace, config: DiTConfig, ranks: int) -> None:
+def check_options(args: argparse.Namespace, config: DiTConfig, data: Data, ranks: int) -> None:
     """Finds what is wrong with the options while nothing is written or joined yet.
 
     Raises:
-        ValueError: an option that does not go with the others, the number of ranks, or the router.
+        ValueError: an option that does not go with the others, the data, the number of ranks, or the router.
     """
+    if args.vae is not None:
+        if data.latent_scale is None:
+            raise ValueError(
+                f"--vae with --data {args.data}: only latents need an autoencoder to be drawn; leave it out"
+            )
+        load_autoencoder(args.vae)
     create_objective(args.objective, config)
     engine_settings(args, ranks)
     check_divides_world(args.ep, ranks)
@@ -377,7 +398,6 @@ class RunLog:
         self._last, self._images = totals, self._images + self.args.batch
         self.bar.set_postfix_str(f"loss {totals['loss']:.4f}", refresh=False)
         self.bar.update()
-        self._scalars("train", totals, step)
 
     def routing(self, step: int, report) -> None:
         """The line: losses, images a second since the last one, and what the routers did."""
@@ -385,7 +405,7 @@ class RunLog:
         speed, self._since, self._images = self._images / (now - self._since), now, 0
         losses = "  ".join(f"{name} {value:.4f}" for name, value in self._last.items())
         self._say(f"step {step + 1}/{self.args.steps}  {losses}  {speed:.0f} images/s  {report.line()}")
-        self._scalars("train", {"images_per_second": speed}, step)
+        self._scalars("train", self._last | {"images_per_second": speed}, step)
         for layer, shares in enumerate(report.shares):
             measures = {
                 "entropy": report.entropy[layer],

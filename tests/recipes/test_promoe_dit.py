@@ -117,6 +117,18 @@ def test_killed_and_resumed_is_not_disturbed(whole, tmp_path):
     assert not different, f"{len(different)} tensors differ after the resume, such as {different[:3]}"
 
 
+def test_killed_before_the_first_checkpoint(whole, tmp_path):
+    """What is left then is run.json; --resume begins anew and ends where the undisturbed run ended."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = (whole[0] / "run.json").read_text()
+    (folder / "run.json").write_text(record)
+    resumed = run("--resume", str(folder))
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    expected, actual = weights(whole[0]), weights(folder)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
 @pytest.mark.distributed
 def test_resumes_on_two_ranks_with_expert_parallelism(whole, tmp_path):
     """One process to two that share the experts, at another ZeRO stage, the same micro-batches: equal but rounding."""
@@ -175,7 +187,10 @@ def test_router_of_choice_and_dense(tmp_path):
         (["--objective", "flaw"], "flow"),
         (["--router_option", "temprature=0.1"], "temperature"),
         (["--router_option", "temperature"], "NAME=VALUE"),
-        (["--steps", "-3"], "positive"),
+        (["--steps", "0"], "positive"),
+        (["--sample_per_class", "0"], "positive"),
+        (["--guidance", "-1"], "guidance"),
+        (["--vae", "nowhere"], "only latents"),
         (["--dtype", "float16"], "bfloat16"),
         (["--ep", "2"], "does not divide 1 rank"),
         (["--router", "dense", "--ep", "1", "--num_experts", "3"], "dense"),
@@ -198,7 +213,8 @@ def test_mistakes_get_one_clear_line(options, said, tmp_path, capsys, monkeypatc
 
 def check(args) -> None:
     """What the program checks before it trains, without an engine."""
-    promoe_dit.check_options(args, promoe_dit.make_config(args, load_data(args.data)), ranks=1)
+    data = load_data(args.data)
+    promoe_dit.check_options(args, promoe_dit.make_config(args, data), data, ranks=1)
 
 
 def test_unknown_option_offers_the_close_ones(capsys):
