@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewright.moe import finish_step, moe_layers
+from gatewright.moe.hosts.checkpoint_files import write_text
 from gatewright.recipes.data.draw import Draw
 from gatewright.recipes.data.load import load_data
 from gatewright.recipes.data.sampler import batches
@@ -220,11 +220,8 @@ def table(summaries: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes beside ``path`` first, so that what stands there is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,11 +1,12 @@
 """Grids of images as PNG files."""
 
 import io
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from gatewright.moe.hosts.checkpoint_files import write_bytes
 
 
 def save_grid(pixels: Tensor, path: Path, *, columns: int, side: int = 64, gap: int = 2) -> None:
@@ -32,17 +33,4 @@ def save_grid(pixels: Tensor, path: Path, *, columns: int, side: int = 64, gap: 
         grid[top : top + height, left : left + width] = image
     encoded = io.BytesIO()
     Image.fromarray(grid.numpy()).save(encoded, format="png")
-    write_atomically(path, encoded.getvalue())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Either the whole content stands under ``path`` afterwards, or what stood there before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, encoded.getvalue())

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..kernels.activation import activate
 from ..moe import DispatchPlan, ExpertParallel, ExpertSpec, FeedForward, MoELayer
+from ..moe.hosts.checkpoint_files import write_text
 from ..routers import Routing, TokenContext, create_router
 
 ACTIVATION = "gelu_tanh"
@@ -393,7 +394,5 @@ def run(args: argparse.Namespace) -> int:
     print(report(results))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = args.out.with_name(args.out.name + ".unfinished")
-        unfinished.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(unfinished, args.out)
+        write_text(args.out, json.dumps(results, indent=1) + "\n")
     return 0

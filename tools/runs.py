@@ -16,12 +16,13 @@ import difflib
 import importlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from ..moe.hosts.checkpoint_files import write_text
 
 FORMAT = 1
 FILE = "run.json"
@@ -48,13 +49,7 @@ class Run:
     def write(self, versions: dict[str, str]) -> None:
         """Makes the folder and writes ``run.json``, atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        content = self.content() | {"versions": versions}
-        temporary = self.path / f".{FILE}.{os.getpid()}"
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / FILE)
+        write_text(self.path / FILE, json.dumps(self.content() | {"versions": versions}, indent=1))
 
     def content(self) -> dict[str, Any]:
         """What tells another process what this is."""

@@ -94,9 +94,14 @@ def flush_to_disk(path: Path) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Replaces a file's content as a whole, or leaves it as it was."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Replaces a file's content as a whole, or leaves it as it was."""
     beside = file.with_name(f".{file.name}.new")
-    with open(beside, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(beside, "wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(beside, file)
