@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gatewright.routers import router_class
+from gatewright.routers import list_routers
 
 DENSE = "dense"
 # what a field's annotation admits; what comes out of JSON may be anything
@@ -118,7 +118,9 @@ class DiTConfig:
                 given = ", ".join([*set_values, *["router_options"] * bool(self.router_options)])
                 raise ValueError(f'router="dense" has no experts: leave out {given}, or name a router')
             return
-        router_class(self.router)  # raises, with the close matches
+        known = [*list_routers(), DENSE]
+        if self.router not in known:
+            raise ValueError(f'unknown router "{self.router}"{_suggest(self.router, known)}')
         if self.num_experts < 1 or self.expert_hidden < 1 or not 0 < self.top_k <= self.num_experts:
             raise ValueError(
                 f"num_experts={self.num_experts}, top_k={self.top_k}, expert_hidden={self.expert_hidden}: "

@@ -182,6 +182,7 @@ def test_router_of_choice_and_dense(tmp_path):
     ("options", "said"),
     [
         (["--router", "promo"], "promoe"),
+        (["--router", "dens"], "dense"),
         (["--size", "tinny"], "tiny"),
         (["--data", "mnist5"], "mnist5k"),
         (["--objective", "flaw"], "flow"),
