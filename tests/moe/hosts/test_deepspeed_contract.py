@@ -140,3 +140,14 @@ def check_engine(stage, dtype):
 )
 def test_a_live_engine(ranks, stage, dtype, wrapper):
     assert ranks(2).run(check_engine, stage, dtype) == [wrapper, wrapper]
+
+
+def test_no_operator_is_compiled_at_the_start():
+    """A start that compiles needs a compiler, and one that is killed meanwhile makes every later one wait for ever."""
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops import __compatible_ops__
+
+    import gatewright.moe.hosts.deepspeed  # noqa: F401
+
+    assert "deepspeed_shm_comm" in __compatible_ops__, "DeepSpeed lists its operators under other names"
+    assert build_shm_op() is None
