@@ -1,6 +1,6 @@
 """Trains ProMoE's diffusion transformer, or the same body with another router, under DeepSpeed.
 
-    deepspeed recipes/promoe_dit.py                                              digits on a laptop, minutes
+    deepspeed recipes/promoe_dit.py                                              digits on two cores, minutes
     deepspeed recipes/promoe_dit.py --size XL --data latents:DIR --dtype bfloat16 --ep 4 --zero 2      the paper's run
 
     loss = objective (flow: mean (v(x_s, s) - (eps - x_0))^2) + sum over MoE blocks of the router's losses
