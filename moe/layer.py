@@ -50,6 +50,7 @@ class MoELayerCode:
         seed: int = 0,
         layer: int = 0,
         backend: str | None = None,
+        allow_noncausal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,6 +59,7 @@ class MoELayerCode:
             raise ValueError(f"the router was made for tokens of width dim={width}, the experts for dim={spec.dim}")
         self.spec, self.parallel, self.layer, self.backend = spec, parallel or ExpertParallel(), layer, backend
         self.router, self.shared = router, shared
+        router.allow_noncausal = router.allow_noncausal or allow_noncausal
         self._ids = {kind: [i for i, k in enumerate(router.expert_kinds) if k == kind] for kind in EXPERT_KINDS}
         self._runs = {kind: _runs(ids) for kind, ids in self._ids.items()}
         mine = self.parallel.local_experts(len(self._ids["routed"]))
@@ -244,6 +246,7 @@ class MoELayer(MoELayerCode, nn.Module):
         parallel: where the routed experts live; by default all here.
         seed, layer: with the global expert id, the key of an expert's initial draw.
         backend: of the kernels; None chooses by device and shape.
+        allow_noncausal: let a router that looks at later tokens decide in a model that decodes left to right.
         device, dtype: of the experts.
 
     Raises:

@@ -5,6 +5,7 @@ A file put here is found by itself; another package registers its routers throug
 """
 
 from .base import (
+    GatedRouter,
     Router,
     Routing,
     TokenContext,
@@ -13,9 +14,11 @@ from .base import (
     register_preset,
     register_router,
     router_class,
+    router_paper,
 )
 
 __all__ = [
+    "GatedRouter",
     "Router",
     "Routing",
     "TokenContext",
@@ -24,4 +27,5 @@ __all__ = [
     "register_preset",
     "register_router",
     "router_class",
+    "router_paper",
 ]

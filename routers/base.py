@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 EXPERT_KINDS = ("routed", "local", "zero", "copy", "constant")
 EVIDENCE = ("code", "paper", "reconstruction")
 REDUCTIONS = ("sum", "mean", "max")
+SELECTIONS = ("token", "segment", "sample", "expert", "pool", "slot")
 ENTRY_POINTS = "gatewright.routers"
 
 
@@ -336,18 +337,31 @@ class Router(nn.Module):
         bank_size: E, the expert ids it addresses.
         expert_kinds: one a id: "routed", "local", "zero", "copy" or "constant".
         evidence: "code", "paper" or "reconstruction": what it was built from.
+        paper: where it was published, for tables: "Switch, arXiv:2101.03961".
+        selection: who chooses: each "token" its experts, each "segment" or "sample" for all its tokens, each "expert"
+            its tokens, one "pool" of all pairs, or soft "slot" mixtures.
         requires: the ``TokenContext`` fields that it needs ("noise" for the key of the noise).
+        requires_by_option: fields that only some options need.
+        loss_names: the auxiliary losses that some option adds.
+        state_names: the buffers that ``update`` moves under some option.
         causal: whether a decision never depends on later tokens.
         batch_independent: whether a decision never depends on other samples.
+        allow_noncausal: let it decide in a model that decodes left to right although it is not causal.
         reductions: how each entry of ``Routing.stats`` adds up over micro-batches and ranks.
         options: what it was created with, defaults included: ``create_router(name, **options)`` makes it again.
     """
 
     name: ClassVar[str] = ""
     evidence: ClassVar[str]
+    paper: ClassVar[str] = ""
+    selection: ClassVar[str] = "token"
     requires: tuple[str, ...] = ()
+    requires_by_option: ClassVar[tuple[str, ...]] = ()
+    loss_names: ClassVar[tuple[str, ...]] = ()
+    state_names: ClassVar[tuple[str, ...]] = ()
     causal: bool = False
     batch_independent: bool = False
+    allow_noncausal: bool = False
     reductions: Mapping[str, str] = {}
     options: dict[str, Any]
 
@@ -389,6 +403,13 @@ class Router(nn.Module):
                     f'router "{self.name or type(self).__name__}" needs context.{field}, which is missing: the model '
                     f"that calls the layer supplies it, layer(x, TokenContext.for_tokens(x, {argument}))"
                 )
+        if context.causal and not (self.causal or self.allow_noncausal):
+            mode = "training" if self.training else "evaluation"
+            raise ValueError(
+                f'router "{self.name or type(self).__name__}" is not causal in {mode} with these options: its decision '
+                "for a token may depend on later ones, and context.causal says that the model decodes left to right. "
+                "Choose a causal router, or allow it: MoELayer(..., allow_noncausal=True)"
+            )
         if context.real_T is not None:
             # padding may hold anything, and 0 * NaN in a backward would reach every parameter
             x = x.masked_fill(~context.real_T[:, None], 0)
@@ -427,8 +448,38 @@ class Router(nn.Module):
         return self
 
 
+class GatedRouter(Router):
+    """A router in three steps, so that others can change one and keep the rest:
+
+        logits [T, E] = logits(x, context)      scores [T, E] = scores(logits)      assign(logits, scores, context)
+
+    ``similarity_aware`` and ``attention_aware`` average the scores of such a router over tokens before it assigns.
+    """
+
+    def logits(self, x: Tensor, context: TokenContext) -> Tensor:
+        """x [T, D] -> [T, E], in ``router_dtype(x)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define logits(x, context) -> [T, E]")
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """What is not negative and may be averaged over tokens: by default the softmax over the experts. [T, E]"""
+        return logits.softmax(-1)
+
+    def logits_of(self, scores: Tensor) -> Tensor:
+        """Logits that have these scores, up to what ``assign`` ignores: the inverse of ``scores``. [T, E]"""
+        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+
+    def assign(self, logits: Tensor, scores: Tensor, context: TokenContext) -> Routing:
+        """The decision. Ranks by ``scores``; padded tokens get no assignment."""
+        raise NotImplementedError(f"{type(self).__name__} must define assign(logits, scores, context) -> Routing")
+
+    def forward(self, x: Tensor, context: TokenContext) -> Routing:
+        logits = self.logits(x, context)
+        return self.assign(logits, self.scores(logits), context)
+
+
 _routers: dict[str, type[Router]] = {}
 _presets: dict[str, tuple[str, dict[str, Any]]] = {}
+_preset_papers: dict[str, str] = {}
 _discovered = False
 
 
@@ -436,8 +487,8 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
     """Class decorator: makes the router known as ``name``.
 
     Raises:
-        ValueError: the name is taken by another class, the class states no valid ``evidence``, or its constructor takes
-            more than named, keyword-only options.
+        ValueError: the name is taken by another class, the class states no valid ``evidence`` or ``selection``, or its
+            constructor takes more than named, keyword-only options.
     """
 
     def register(cls: type[Router]) -> type[Router]:
@@ -448,6 +499,8 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
             raise ValueError(f'router name "{name}" is taken by {taken or _presets[name]}: choose another')
         if getattr(cls, "evidence", None) not in EVIDENCE:
             raise ValueError(f"{cls.__name__}.evidence={getattr(cls, 'evidence', None)!r}: choose one of {EVIDENCE}")
+        if cls.selection not in SELECTIONS:
+            raise ValueError(f"{cls.__name__}.selection={cls.selection!r}: choose one of {SELECTIONS}")
         loose = [p.name for p in _option_parameters(cls) if p.kind is not p.KEYWORD_ONLY]
         if loose:
             # *args or **kwargs would swallow misspelt options, and positional ones escape Router.options
@@ -461,11 +514,21 @@ def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
     return register
 
 
-def register_preset(name: str, router: str, **options: Any) -> None:
-    """Makes ``name`` stand for the router with these options set, for a strategy that is another one with options."""
+def register_preset(name: str, router: str, /, *, paper: str = "", **options: Any) -> None:
+    """Makes ``name`` stand for the router with these options set, for a strategy that is another one with options.
+
+    Args:
+        paper: where the strategy was published, if not where the router was.
+    """
     if name in _routers or name in _presets and _presets[name] != (router, options):
         raise ValueError(f'router name "{name}" is taken: choose another')
     _presets[name] = (router, options)
+    _preset_papers[name] = paper
+
+
+def router_paper(name: str) -> str:
+    """Where the router or preset was published."""
+    return _preset_papers.get(name) or router_class(name)[0].paper
 
 
 def list_routers() -> dict[str, str]:

@@ -27,6 +27,10 @@ from .selection import experts_take, tokens_per_expert
 @register_router("diffmoe")
 class DiffMoERouter(Router):
     evidence = "code"
+    paper = "DiffMoE, arXiv:2503.14487"
+    selection = "expert"
+    loss_names = ("capacity",)
+    state_names = ("threshold",)
     reductions = {"quantile": "sum", "pools": "sum"}
 
     def __init__(

@@ -24,6 +24,8 @@ from .selection import experts_take, tokens_per_expert
 @register_router("expert_choice")
 class ExpertChoiceRouter(Router):
     evidence = "code"
+    paper = "Zhou et al., arXiv:2202.09368; EC-DIT, arXiv:2410.02098"
+    selection = "expert"
 
     def __init__(
         self,

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from ..kernels.cosine import cosine
 from .base import Router, Routing, TokenContext, register_router, router_dtype
 from .losses import contrastive_loss
-from .selection import experts_take, tokens_per_expert
+from .selection import check_top_k, experts_take, tokens_per_expert
 
 
 @register_router("promoe")
 class ProMoERouter(Router):
     evidence = "code"
+    paper = "ProMoE, arXiv:2510.24711"
+    loss_names = ("routing_contrastive",)
 
     def __init__(
         self,
@@ -64,8 +66,7 @@ class ProMoERouter(Router):
         """
         kinds = ("routed",) * num_experts + ("local",) * bool(unconditional)
         super().__init__(num_experts=num_experts, expert_kinds=kinds)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose 1 to {num_experts}")
+        check_top_k(top_k, num_experts)
         if gate not in ("identity", "softmax", "sigmoid"):
             raise ValueError(f'gate="{gate}": choose "identity", "softmax" or "sigmoid"')
         if selection not in ("token_choice", "expert_choice"):

@@ -26,6 +26,10 @@ from .losses import similarity_loss
 @register_router("race")
 class RaceRouter(Router):
     evidence = "reconstruction"
+    paper = "Expert Race, arXiv:2503.16057"
+    selection = "pool"
+    loss_names = ("similarity",)
+    state_names = ("threshold",)
     reductions = {"cut": "sum", "pools": "sum"}
 
     def __init__(

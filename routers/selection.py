@@ -43,6 +43,19 @@ def tokens_per_expert(real_G: Tensor, num_experts: int, top_k: float) -> Tensor:
     return torch.minimum(k_G.clamp(min=1), real_G)
 
 
+def drop_padding(index_TK: Tensor, weight_TK: Tensor, real_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Takes padded tokens' assignments away: id -1, weight 0."""
+    if real_T is None:
+        return index_TK, weight_TK
+    return index_TK.masked_fill(~real_T[:, None], -1), weight_TK.masked_fill(~real_T[:, None], 0)
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ValueError unless a token can have ``top_k`` different experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} with {num_experts} experts: choose 1 to {num_experts}")
+
+
 def keep_within_capacity(
     expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: Tensor | float, policy: str
 ) -> Tensor:

@@ -1,6 +1,6 @@
 """Top-k token choice: each token goes to the K experts that score highest for it.
 
-    logits = W x              score = softmax(logits) or sigmoid(logits)
+    logits = W x              score = softmax(logits), sigmoid(logits) or sqrt(softplus(logits))
     chosen = the K highest of  score + bias       (inside the best groups, where there are groups)
     weight = scale * score / (sum of the chosen scores where ``renormalise``)
 
@@ -10,7 +10,7 @@ in the weight; after each optimizer step  bias_e += bias_rate * sign(mean load -
 Sources: Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961 (K = 1, capacity, balance loss, jitter); ST-MoE,
 arXiv:2202.08906 (z-loss); DeepSeek-V3, arXiv:2412.19437 (sigmoid, bias, groups, scale), and its inference code;
 loss-free balancing, arXiv:2408.15664; capacity and drop policies as in Megatron-Core's
-``apply_router_token_dropping``.
+``apply_router_token_dropping``, square-root softplus as in its ``sqrtsoftplus``.
 """
 
 from typing import Literal
@@ -19,16 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Router, Routing, TokenContext, count_experts, register_preset, register_router, router_dtype
+from .base import GatedRouter, Routing, TokenContext, count_experts, register_preset, register_router, router_dtype
 from .losses import balance_loss, z_loss
-from .selection import check_drop, keep_within_capacity
+from .selection import check_drop, check_top_k, drop_padding, keep_within_capacity
 
 NEARLY_ZERO = 1e-20  # DeepSeek-V3's; sigmoids of very low logits may all be 0
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 @register_router("topk")
-class TopKRouter(Router):
+class TopKRouter(GatedRouter):
     evidence = "code"
+    paper = "Shazeer et al., arXiv:1701.06538"
+    requires_by_option = ("noise",)
+    loss_names = ("balance", "z")
+    state_names = ("bias",)
     reductions = {"load": "sum"}
 
     def __init__(
@@ -37,7 +42,7 @@ class TopKRouter(Router):
         dim: int,
         num_experts: int,
         top_k: int = 2,
-        score: Literal["softmax", "sigmoid"] = "softmax",
+        score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax",
         softmax_after: bool = False,
         renormalise: bool = False,
         scale: float = 1.0,
@@ -50,6 +55,7 @@ class TopKRouter(Router):
         num_groups: int = 1,
         top_groups: int = 1,
         group_score: Literal["max", "top2_sum"] = "max",
+        linear_bias: bool = False,
         init_std: float = 0.02,
     ) -> None:
         """
@@ -68,16 +74,16 @@ class TopKRouter(Router):
             bias_rate: step of the selection bias (1e-3 in the papers); 0 = no bias.
             num_groups, top_groups: experts form groups of neighbours; only the ``top_groups`` best may be chosen from.
             group_score: of a group: its best expert (DeepSeek-V2), or the sum of its two best (DeepSeek-V3).
+            linear_bias: a learned bias of the logits, from 0 (GPT-OSS); not the selection bias.
             init_std: deviation of the initial weight.
 
         Raises:
             ValueError: an option outside its range, or options that exclude each other.
         """
         super().__init__(num_experts=num_experts)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose 1 to {num_experts}")
-        if score not in ("softmax", "sigmoid"):
-            raise ValueError(f'score="{score}": choose "softmax" or "sigmoid"')
+        check_top_k(top_k, num_experts)
+        if score not in SCORES:
+            raise ValueError(f'score="{score}": choose one of {SCORES}')
         if softmax_after and (score != "softmax" or bias_rate):
             raise ValueError(
                 'softmax_after needs score="softmax" and no bias_rate: the softmax is over the chosen logits'
@@ -103,6 +109,7 @@ class TopKRouter(Router):
         self.balance_weight, self.z_weight, self.bias_rate = balance_weight, z_weight, bias_rate
         self.num_groups, self.top_groups, self.group_score = num_groups, top_groups, group_score
         self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))
+        self.linear_bias = nn.Parameter(torch.zeros(num_experts)) if linear_bias else None
         if bias_rate:
             self.register_buffer("bias", torch.zeros(num_experts))
 
@@ -122,14 +129,32 @@ class TopKRouter(Router):
     def stateful(self) -> bool:
         return self.bias_rate != 0
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        dtype, real_T = router_dtype(x_TD), context.real_T
+    def logits(self, x_TD: Tensor, context: TokenContext) -> Tensor:
+        dtype = router_dtype(x_TD)
         x_TD = x_TD.to(dtype)
         if self.jitter and self.training:
             x_TD = x_TD * (1 + self.jitter * (2 * context.noise(*x_TD.shape, distribution="uniform").to(dtype) - 1))
-        logits_TE = F.linear(x_TD, self.weight.to(dtype))
-        scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
+        bias_E = None if self.linear_bias is None else self.linear_bias.to(dtype)
+        return F.linear(x_TD, self.weight.to(dtype), bias_E)
 
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        if self.score == "softmax":
+            return logits_TE.softmax(-1)
+        if self.score == "sigmoid":
+            return logits_TE.sigmoid()
+        # a floor, because the square root of 0 has no gradient
+        return F.softplus(logits_TE).clamp(min=torch.finfo(logits_TE.dtype).tiny).sqrt()
+
+    def logits_of(self, scores_TE: Tensor) -> Tensor:
+        if self.score == "softmax":
+            return super().logits_of(scores_TE)
+        if self.score == "sigmoid":
+            return scores_TE.logit(torch.finfo(scores_TE.dtype).eps)
+        softplus_TE = scores_TE.square().clamp(min=torch.finfo(scores_TE.dtype).tiny)
+        return softplus_TE + (-torch.expm1(-softplus_TE)).log()
+
+    def assign(self, logits_TE: Tensor, scores_TE: Tensor, context: TokenContext) -> Routing:
+        real_T = context.real_T
         index_TK = self._choose(scores_TE.detach())
         if self.softmax_after:
             weight_TK = logits_TE.gather(1, index_TK).softmax(-1)
@@ -139,16 +164,14 @@ class TopKRouter(Router):
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + NEARLY_ZERO)
         weight_TK = weight_TK * self.scale
 
-        if real_T is not None:
-            index_TK = index_TK.masked_fill(~real_T[:, None], -1)
-            weight_TK = weight_TK.masked_fill(~real_T[:, None], 0)
+        index_TK, weight_TK = drop_padding(index_TK, weight_TK, real_T)
         requested = None
         if self.capacity_factor is not None:
             requested, keep_TK = index_TK, self._within_capacity(index_TK, weight_TK, real_T)
             index_TK, weight_TK = index_TK.masked_fill(~keep_TK, -1), weight_TK.masked_fill(~keep_TK, 0)
 
         shares_TE = scores_TE
-        if self.score == "sigmoid":
+        if self.score != "softmax":
             shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + NEARLY_ZERO)
         load_E = count_experts(index_TK if requested is None else requested, self.bank_size)
         losses = {}
@@ -189,4 +212,20 @@ class TopKRouter(Router):
         self.bias += self.bias_rate * (load_E.mean() - load_E).sign()
 
 
-register_preset("switch", "topk", top_k=1, capacity_factor=1.25, balance_weight=0.01, jitter=0.01)
+register_preset(
+    "switch", "topk", paper="Switch, arXiv:2101.03961", top_k=1, capacity_factor=1.25, balance_weight=0.01, jitter=0.01
+)
+# the 671B model has num_groups=8 and top_groups=4 besides, which is the model's to say: groups must divide the experts
+register_preset(
+    "deepseek_v3",
+    "topk",
+    paper="DeepSeek-V3, arXiv:2412.19437",
+    score="sigmoid",
+    renormalise=True,
+    scale=2.5,
+    bias_rate=1e-3,
+    group_score="top2_sum",
+)
+register_preset(
+    "ernie4_5", "topk", paper="ERNIE 4.5; transformers modeling_ernie4_5_moe", renormalise=True, bias_rate=1e-3
+)

@@ -58,7 +58,7 @@ def test_presets_are_options_of_another():
 def test_unknown_names_and_options_offer_the_close_ones():
     with pytest.raises(ValueError, match='unknown router "promo": did you mean promoe.*Known: .*topk'):
         create_router("promo", dim=8, num_experts=4)
-    with pytest.raises(ValueError, match='unknown router "zzz": Known: diffmoe'):
+    with pytest.raises(ValueError, match='unknown router "zzz": Known: deepseek_v3, diffmoe'):
         router_class("zzz")
     with pytest.raises(ValueError, match='router "topk" has no option "topk": did you mean top_k'):
         create_router("topk", dim=8, num_experts=4, topk=1)
