@@ -18,6 +18,7 @@ from .. import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("gatewright.tools.bench", "time a MoE layer against a dense feed-forward and a loop over its experts"),
     "export": ("gatewright.tools.export", "turn a training run into safetensors weights and a JSON configuration"),
+    "routers": ("gatewright.tools.routers", "list the routers, or show one with its options"),
 }
 
 
