@@ -17,10 +17,6 @@ memory from the profiler's record of allocations.
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +28,7 @@ from ..kernels.activation import activate
 from ..moe import DispatchPlan, ExpertParallel, ExpertSpec, FeedForward, MoELayer
 from ..moe.hosts.checkpoint_files import write_text
 from ..routers import Routing, TokenContext, create_router
+from .measure import clock, describe_machine, markdown, peak_bytes, spread
 
 ACTIVATION = "gelu_tanh"
 NULL_SHARE = 0.1
@@ -270,52 +267,6 @@ def measure_memory(bench: Bench) -> dict[str, Any]:
     }
 
 
-def peak_bytes(work: Callable[[], Any]) -> tuple[int, int]:
-    """The most CPU memory that ``work`` has allocated at any time, and what is left of it afterwards, in bytes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, live
-
-
-def clock(work: Callable[[], Any]) -> float:
-    """How long ``work`` takes, in ms."""
-    start = time.perf_counter()
-    work()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
-    return {"median": middle, "low": low, "high": high, "min": min(values), "max": max(values)}
-
-
-def describe_machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def report(results: dict[str, Any]) -> str:
     """The results as markdown tables."""
     machine, blocks = results["machine"], results["blocks"]
@@ -338,6 +289,7 @@ def report(results: dict[str, Any]) -> str:
             *name, *(f"{peaks[one] / 2**20:.1f}" for one in ("dense", "moe", "loop")),
             *(f"{dispatch[way]:.2f}" for way in ("forward", "backward")),
         ])  # fmt: skip
+    names = ["block", "dtype"]
     columns = [
         "tokens x D",
         "rows of an expert",
@@ -351,17 +303,12 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join([
         f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads, torch {machine['torch']}{load}; "
         f"{results['rounds']} rounds, medians, quartiles in brackets.", "",
-        *_table(columns, speed), "",
+        *markdown([*names, *columns], speed), "",
         "Parts, each alone, in % of the dense time (half of its width on every token would be 50):", "",
-        *_table([*PARTS, "rest", "layer"], parts), "",
+        *markdown([*names, *PARTS, "rest", "layer"], parts), "",
         "Memory: peak of forward plus backward in MiB; dispatch beyond results, in gathered tokens:", "",
-        *_table(["dense", "moe", "loop", "dispatch forward", "dispatch backward"], memory),
+        *markdown([*names, "dense", "moe", "loop", "dispatch forward", "dispatch backward"], memory),
     ])  # fmt: skip
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    head = ["block", "dtype", *columns]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def measure(shapes: dict[str, Shape], dtypes: Sequence[str], *, rounds: int) -> dict[str, Any]:

@@ -78,18 +78,6 @@ def test_numbers_belong_together():
     assert results["machine"]["cpu"] in table
 
 
-def test_peak_bytes_counts_what_lives_at_once():
-    kept = []
-
-    def work():
-        first = torch.empty(1000, dtype=torch.uint8)
-        del first
-        kept.append(torch.empty(3000, dtype=torch.uint8))
-        torch.empty(500, dtype=torch.uint8)
-
-    assert bench.peak_bytes(work) == (3500, 3000)
-
-
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"S": SHAPE})
     parser = argparse.ArgumentParser()
