@@ -46,10 +46,18 @@ def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Attention(Protocol):
-    """The attention before the layer, as a router may use it."""
+    """The attention before the layer, as a router may use it: self-attention over the layer's tokens, under the same
+    padding and documents. ``kernels.attention.AttentionWeights`` is one, made of q and k.
+
+    Attributes:
+        causal: whether a token sees no later one.
+    """
+
+    causal: bool
 
     def apply(self, values: Tensor) -> Tensor:
-        """Applies the weights of every head to values [B, L, C] -> [B, heads, L, C], without an L x L matrix."""
+        """Applies the weights of every head to values [B, S, C] -> [B, heads, L, C], without an L x S matrix. S = L,
+        unless the model decodes incrementally: then the L tokens are the last of S."""
 
     def head_contributions(self) -> Tensor:
         """What each head added to the token: [B, heads, L, D]; their sum is the attention's output."""
@@ -303,9 +311,14 @@ class Routing:
         return torch.stack([value.reshape(()) for value in self.losses.values()]).sum()
 
     def load_E(self) -> Tensor:
-        """[E] int64: how many tokens count as load of each expert, after capacity. It never waits for the device."""
+        """[E] int64: how many tokens count as load of each expert, after capacity; with soft slots, how many of its
+        slots hold any token. It never waits for the device."""
         if self.selected is not None:
             return self.selected.sum(0)
+        if self.dispatch is not None:
+            held_S = (self.dispatch.detach().sum(1) > 0).sum(0)
+            slot_S = torch.arange(len(held_S), device=held_S.device)
+            return held_S.new_zeros(self.bank_size).index_add(0, slot_S * self.bank_size // len(held_S), held_S)
         self._check_assigned()
         return count_experts(self.expert if self.index is None else self.index, self.bank_size)
 
