@@ -40,4 +40,6 @@ class ModalityRouter(Router):
 
     @classmethod
     def example(cls) -> tuple[dict, TokenContext]:
-        return {"num_experts": 4}, TokenContext(batch_size=2, length=8, modality=torch.arange(16).view(2, 8) % 4)
+        return {"dim": 16, "num_experts": 4}, TokenContext(
+            batch_size=2, length=8, modality=torch.arange(16).view(2, 8) % 4
+        )

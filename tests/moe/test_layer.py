@@ -373,3 +373,17 @@ def test_state_dict_names():
         "constants",
     }
     assert len(layer.experts.ids) == KINDS.count("routed") and layer.local_experts.ids == [2, 8]
+
+
+def test_a_causal_model_refuses_a_router_that_looks_ahead():
+    x = torch.randn(2, 6, D)
+    context = TokenContext.for_tokens(x, causal=True)
+    spec = ExpertSpec(D, H)
+    refused = MoELayer(create_router("expert_choice", dim=D, num_experts=3), spec)
+    with pytest.raises(ValueError, match='router "expert_choice" is not causal in training.*allow_noncausal=True'):
+        refused(x, context)
+    refused(x)
+    with pytest.raises(ValueError, match="is not causal in evaluation"):
+        refused.eval()(x, context)
+    MoELayer(create_router("expert_choice", dim=D, num_experts=3), spec, allow_noncausal=True)(x, context)
+    MoELayer(create_router("topk", dim=D, num_experts=3), spec)(x, context)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gatewright.routers import (
+    GatedRouter,
     Router,
     Routing,
     base,
@@ -16,6 +17,7 @@ from gatewright.routers import (
     register_preset,
     register_router,
     router_class,
+    router_paper,
 )
 
 
@@ -24,6 +26,7 @@ def clean_registry(monkeypatch):
     list_routers()
     monkeypatch.setattr(base, "_routers", dict(base._routers))
     monkeypatch.setattr(base, "_presets", dict(base._presets))
+    monkeypatch.setattr(base, "_preset_papers", dict(base._preset_papers))
 
 
 def made_up(name="made_up", **members):
@@ -58,7 +61,7 @@ def test_presets_are_options_of_another():
 def test_unknown_names_and_options_offer_the_close_ones():
     with pytest.raises(ValueError, match='unknown router "promo": did you mean promoe.*Known: .*topk'):
         create_router("promo", dim=8, num_experts=4)
-    with pytest.raises(ValueError, match='unknown router "zzz": Known: deepseek_v3, diffmoe'):
+    with pytest.raises(ValueError, match='unknown router "zzz": Known: .*deepseek_v3, '):
         router_class("zzz")
     with pytest.raises(ValueError, match='router "topk" has no option "topk": did you mean top_k'):
         create_router("topk", dim=8, num_experts=4, topk=1)
@@ -94,7 +97,27 @@ def test_evidence_is_required(clean_registry):
         register_router("made_up")(cls)
     with pytest.raises(ValueError, match="evidence='hearsay'"):
         register_router("made_up")(made_up(evidence="hearsay"))
+    with pytest.raises(ValueError, match="made_up.selection='whim': choose one of"):
+        register_router("made_up")(made_up(selection="whim"))
     assert "made_up" not in list_routers()
+
+
+def test_papers_of_routers_and_presets(clean_registry):
+    assert router_paper("promoe") == "ProMoE, arXiv:2510.24711"
+    assert router_paper("switch") == "Switch, arXiv:2101.03961"
+    register_preset("plain", "topk", top_k=1)
+    assert router_paper("plain") == router_paper("topk")
+    with pytest.raises(ValueError, match='unknown router "zzz"'):
+        router_paper("zzz")
+
+
+def test_a_gate_in_three_steps_says_which_one_is_missing():
+    router = type("Half", (GatedRouter,), {"evidence": "paper"})(num_experts=2)
+    with pytest.raises(NotImplementedError, match="Half must define logits"):
+        router(torch.zeros(2, 3))
+    router.logits = lambda x, context: torch.zeros(2, 2)
+    with pytest.raises(NotImplementedError, match="Half must define assign"):
+        router(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize(

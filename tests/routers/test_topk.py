@@ -20,11 +20,15 @@ def by_hand(router, x):
     """One token after the other, in Python. -> ids and weights, sorted by id"""
     o, results = router.options, []
     for token in x:
-        logits = (router.weight @ token).double().tolist()
+        logits = (router.weight @ token).double()
+        logits = (logits if router.linear_bias is None else logits + router.linear_bias).tolist()
         peak = max(logits)
         total = sum(math.exp(v - peak) for v in logits)
         soft = [math.exp(v - peak) / total for v in logits]
-        scores = soft if o["score"] == "softmax" else [1 / (1 + math.exp(-v)) for v in logits]
+        root = [math.sqrt(math.log1p(math.exp(v))) for v in logits]
+        scores = {"softmax": soft, "sigmoid": [1 / (1 + math.exp(-v)) for v in logits], "sqrtsoftplus": root}[
+            o["score"]
+        ]
         bias = router.bias.tolist() if o["bias_rate"] else [0.0] * E
         choice = [s + b for s, b in zip(scores, bias, strict=True)]
         size = E // o["num_groups"]
@@ -52,6 +56,9 @@ def by_hand(router, x):
         {"softmax_after": True, "top_k": 3},
         {"scale": 2.5},
         {"score": "sigmoid"},
+        {"score": "sqrtsoftplus", "renormalise": True},
+        {"score": "sqrtsoftplus", "top_k": 3, "num_groups": 4, "top_groups": 2, "bias_rate": 0.1},
+        {"softmax_after": True, "linear_bias": True},
         {"score": "sigmoid", "renormalise": True, "scale": 2.5, "top_k": 4},
         {"num_groups": 4, "top_groups": 2, "top_k": 3},
         {"num_groups": 2, "top_groups": 1, "group_score": "top2_sum", "top_k": 4},
@@ -240,3 +247,36 @@ def test_switch_is_what_the_paper_says():
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         create(**options)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_logits_come_back_from_their_scores(score):
+    """Up to what the choice ignores: a constant a token under softmax."""
+    router, x = create(torch.float64, score=score)
+    logits = router.logits(x, TokenContext.for_tokens(x))
+    again = router.logits_of(router.scores(logits))
+    if score == "softmax":
+        logits, again = logits.log_softmax(-1), again.log_softmax(-1)
+    torch.testing.assert_close(again, logits, rtol=1e-9, atol=1e-9)
+    for dtype in (torch.float32, torch.float64):
+        far = torch.tensor([[-1e4, 0.0, 1e4], [-200.0, -200.0, -200.0]], dtype=dtype, requires_grad=True)
+        scores = router.scores(far)
+        assert scores.isfinite().all() and router.logits_of(scores).isfinite().all()
+        (grad,) = torch.autograd.grad(scores.sum() + router.logits_of(scores).sum(), far)
+        assert grad.isfinite().all(), score
+
+
+def test_three_steps_make_the_decision():
+    router, x = create(score="sigmoid", renormalise=True, bias_rate=0.1)
+    context = TokenContext.for_tokens(x)
+    logits = router.logits(x, context)
+    whole, steps = router(x, context), router.assign(logits, router.scores(logits), context)
+    assert torch.equal(whole.index, steps.index) and torch.equal(whole.weight, steps.weight)
+
+
+def test_presets_of_published_models():
+    router = create_router("deepseek_v3", dim=D, num_experts=E, num_groups=4, top_groups=2, top_k=3)
+    assert (router.score, router.scale, router.group_score) == ("sigmoid", 2.5, "top2_sum")
+    assert router.stateful and router.renormalise
+    ernie = create_router("ernie4_5", dim=D, num_experts=E, top_k=6)
+    assert (ernie.score, ernie.renormalise, ernie.stateful) == ("softmax", True, True)
