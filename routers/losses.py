@@ -4,6 +4,7 @@ balance      E * sum_e f_e P_e                         1 at perfect balance     
 z            mean_t (logsumexp_e logits_te)^2                                   ST-MoE, arXiv:2202.08906, eq. 5
 contrastive  -1/N_a sum_i log softmax_j(cos(p_i, m_j) / tau)_i                  ProMoE, arXiv:2510.24711, eq. 6
 similarity   1/T sum_ij W_ij (P^T P)_ij                                         Expert Race, arXiv:2503.16057
+CV^2         var_e(v_e) / mean_e(v_e)^2                0 at perfect balance     Shazeer et al., arXiv:1701.06538, eq. 7
 """
 
 import torch
@@ -26,6 +27,17 @@ def balance_loss(scores_TE: Tensor, counts_E: Tensor, real_T: Tensor | None = No
 def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """``mean_t (logsumexp_e logits_te)^2``, which keeps logits small. (ln E)^2 for zero logits."""
     return _mean(logits_TE.logsumexp(1).square(), real_T)
+
+
+def squared_variation(values_E: Tensor) -> Tensor:
+    """``var_e(v_e) / mean_e(v_e)^2``, the squared coefficient of variation: 0 where all are equal, E - 1 where one has
+    everything. The variance divides by E. 0 where all are 0.
+
+    Args:
+        values_E: one non-negative number an expert: its importance or load.
+    """
+    variance = values_E.var(correction=0)
+    return variance / values_E.mean().square().clamp(min=torch.finfo(values_E.dtype).tiny)
 
 
 def contrastive_loss(prototypes_ED: Tensor, centroids_GED: Tensor, active_GE: Tensor, temperature: float) -> Tensor:

@@ -9,11 +9,12 @@ Ties go to the earlier token.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.permute import sort_by_expert
 
-DROP_POLICIES = ("position", "probability")
+DROP_POLICIES = ("position", "probability", "choice")
 
 
 def experts_take(scores_GME: Tensor, k_GE: Tensor, eligible_GM: Tensor | None = None) -> Tensor:
@@ -64,18 +65,23 @@ def keep_within_capacity(
     Args:
         expert_TK: ids; -1 is no assignment.
         weight_TK: what "probability" ranks by.
-        capacity: C; an expert keeps at most ceil(C) assignments.
-        policy: "position": the first ones in token order; "probability": those of highest weight.
-            Both are those of Megatron-Core's ``moe_token_drop_policy``.
+        capacity: C; an expert keeps at most ceil(C) assignments. [num_experts] where they differ.
+        policy: "position": the first ones in token order; "probability": those of highest weight. Both are those of
+            Megatron-Core's ``moe_token_drop_policy``. "choice": every token's first choice in token order, then every
+            second one, and so on, as flaxformer does.
     """
     flat = expert_TK.flatten()
     by = torch.arange(len(flat), device=flat.device)
-    if policy == "probability":
+    if policy == "choice":
+        by = by.view(expert_TK.shape).T.flatten()
+    elif policy == "probability":
         by = weight_TK.detach().flatten().argsort(descending=True, stable=True)
     expert = torch.where(flat < 0, num_experts, flat)[by]
     order, _, first_E = sort_by_expert(expert, num_experts + 1)
     expert = expert[order]
     rank = torch.arange(len(flat), device=flat.device) - first_E[expert]
+    if isinstance(capacity, Tensor) and capacity.dim() == 1:
+        capacity = F.pad(capacity, (0, 1))[expert]
     keep = torch.zeros_like(flat, dtype=torch.bool).scatter(0, by[order], (rank < capacity) & (expert < num_experts))
     return keep.view_as(expert_TK)
 

@@ -47,7 +47,7 @@ class TopKRouter(GatedRouter):
         renormalise: bool = False,
         scale: float = 1.0,
         capacity_factor: float | None = None,
-        drop_policy: Literal["position", "probability"] = "position",
+        drop_policy: Literal["position", "probability", "choice"] = "position",
         jitter: float = 0.0,
         balance_weight: float = 0.0,
         z_weight: float = 0.0,
@@ -68,7 +68,8 @@ class TopKRouter(GatedRouter):
             renormalise: divide the K weights by their sum.
             scale: factor of the weights (DeepSeek-V3: 2.5).
             capacity_factor: an expert keeps at most ceil(capacity_factor * K * T / E) assignments; None drops nothing.
-            drop_policy: which assignments a full expert keeps: the first, or those of highest weight.
+            drop_policy: which assignments a full expert keeps: the first, those of highest weight, or every token's
+                first choice before any second one.
             jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter), elementwise.
             balance_weight, z_weight: of the losses ``balance`` and ``z``.
             bias_rate: step of the selection bias (1e-3 in the papers); 0 = no bias.

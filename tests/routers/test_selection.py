@@ -42,7 +42,7 @@ def test_tokens_per_expert_is_the_papers_rule(experts, top_k):
     assert tokens_per_expert(torch.tensor([256]), 12, 1).tolist() == [21]
 
 
-@pytest.mark.parametrize("policy", ["position", "probability"])
+@pytest.mark.parametrize("policy", ["position", "probability", "choice"])
 @pytest.mark.parametrize("capacity", [0.5, 1, 1.9, 2, 3.0001, 100])
 @pytest.mark.parametrize("seed", range(3))
 def test_capacity_against_a_loop(policy, capacity, seed):
@@ -54,6 +54,8 @@ def test_capacity_against_a_loop(policy, capacity, seed):
     pairs = [(t, s) for t in range(tokens) for s in range(slots) if expert[t, s] >= 0]
     if policy == "probability":
         pairs.sort(key=lambda pair: -weight[pair].item())
+    elif policy == "choice":
+        pairs.sort(key=lambda pair: pair[1])
     room = [math.ceil(capacity)] * experts
     expected = torch.zeros(tokens, slots, dtype=torch.bool)
     for pair in pairs:
@@ -61,6 +63,17 @@ def test_capacity_against_a_loop(policy, capacity, seed):
             room[expert[pair]] -= 1
             expected[pair] = True
     assert torch.equal(keep, expected)
+
+
+@pytest.mark.parametrize("policy", ["position", "probability", "choice"])
+def test_capacity_of_each_expert(policy):
+    """As if each expert were alone, with its own capacity."""
+    expert = torch.rand(12, 4, generator=generator()).argsort(1)[:, :2]
+    weight, capacity = torch.rand(12, 2, generator=generator()), torch.tensor([0.0, 2.5, 1.0, 9.0])
+    keep = keep_within_capacity(expert, weight, 4, capacity, policy)
+    for e in range(4):
+        alone = keep_within_capacity(expert.masked_fill(expert != e, -1), weight, 4, capacity[e].item(), policy)
+        assert torch.equal(keep & (expert == e), alone)
 
 
 def test_drop_options_are_checked():
