@@ -20,8 +20,9 @@ def balance_loss(scores_TE: Tensor, counts_E: Tensor, real_T: Tensor | None = No
         counts_E: assignments of each expert, before capacity.
         real_T: tokens that count; None = all.
     """
-    share_E = counts_E / counts_E.sum().clamp(min=1)
-    return scores_TE.shape[1] * (share_E.to(scores_TE.dtype) * _mean(scores_TE, real_T)).sum()
+    # divided as the scores' dtype: integers would give a float32 share, also beside float64 scores
+    share_E = counts_E.to(scores_TE.dtype) / counts_E.sum().clamp(min=1)
+    return scores_TE.shape[1] * (share_E * _mean(scores_TE, real_T)).sum()
 
 
 def z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:

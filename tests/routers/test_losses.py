@@ -26,6 +26,8 @@ def test_balance_by_hand():
     assert loss.item() == pytest.approx(2 * (0.25 * 0.375 + 0.75 * 0.625), abs=1e-15)
     loss.backward()
     assert scores.grad.tolist() == [[0.25, 0.75]] * 2  # E f_e / T
+    thirds = balance_loss(scores.detach(), torch.tensor([1, 2]))
+    assert thirds.item() == pytest.approx(2 * (0.375 + 2 * 0.625) / 3, abs=1e-15), "a share is no float32"
 
 
 def test_z_is_the_squared_log_of_e_at_zero():
