@@ -14,6 +14,7 @@ _OPTIONS = {
         {"score": "sigmoid", "balance_weight": 0.1},
         {"capacity_factor": 0.75, "balance_weight": 0.1, "z_weight": 0.1},
         {"capacity_factor": 0.75, "drop_policy": "probability", "jitter": 0.1},
+        {"capacity_factor": 0.75, "drop_policy": "choice"},
         {"num_experts": 1, "top_k": 1, "balance_weight": 0.1},
     ],
     "promoe": [
@@ -29,6 +30,57 @@ _OPTIONS = {
         {"gate": "softmax", "top_k": 1.5},
         {"gate": "sigmoid", "prediction_dim": 3, "similarity_weight": 0.5},
         {"num_experts": 1, "top_k": 1.0},
+    ],
+    "segment": [
+        {"top_k": 2, "segment_size": 4},
+        {"top_k": 2, "segment_size": 1},
+        {"top_k": 2, "shifted": True, "temperature": 0.5},
+        {"dropout": 0.3, "segment_size": 20},
+        {"num_experts": 1},
+    ],
+    "centroid": [{"mode": "nearest", "top_k": 3}, {"num_experts": 1, "top_k": 1}],
+    "openmoe": [
+        {"group_size": 5, "min_capacity": 1, "jitter": 0.1},
+        {"capacity": "colossalai", "train_capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 1},
+        {"capacity": None, "group_size": 5, "top_k": 3},
+        {"top_k": 1, "train_capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 1},
+        {"num_experts": 1, "top_k": 1, "eval_capacity_factor": 0.5, "min_capacity": 1},
+    ],
+    "hash": [
+        {"top_k": 1, "seed": 3},
+        {"kind": "balanced", "frequencies": list(range(16, 0, -1))},
+        {"num_experts": 1, "top_k": 1},
+    ],
+    "noisy_topk": [
+        {"form": "vmoe", "noise_std": 3.0},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"noise_std": 0.0, "load_weight": 0.0},
+        {"form": "vmoe", "num_experts": 1, "top_k": 1},
+    ],
+    "cosine": [
+        {"renormalise": True, "balance_weight": 0.1, "projection_dim": 3},
+        {"top_k": 1, "temperature": 0.05},
+        {"num_experts": 1, "top_k": 1, "balance_weight": 0.1},
+    ],
+    "longcat": [
+        {"top_k": 4, "real_experts": 1.5, "identity_experts": 3},
+        {"bias_rate": 0.0, "identity_experts": 0},
+        {"num_experts": 1, "top_k": 2},
+    ],
+    "quantile": [
+        {"top_k": 1},
+        {"score": "sigmoid", "scale": 2.5, "ema": 0.9, "top_k": 3},
+        {"score": "sqrtsoftplus", "top_k": 4},
+        {"softmax_after": False},
+        {"num_experts": 1, "top_k": 1},
+    ],
+    "moe_plus_plus": [
+        {"residual": True, "gate": "mlp"},
+        {"capacity_factor": 0.6, "top_k": 3},
+        {"capacity_factor": 0.6, "drop_policy": "probability", "tau": 0.25, "balance_weight": 0.0},
+        {"constant_experts": 0, "zero_experts": 3, "top_k": 1},
+        {"num_experts": 1, "top_k": 3, "copy_experts": 0},
     ],
 }
 
@@ -69,10 +121,16 @@ CASES = LISTED + [Case(name, **options) for name, several in _OPTIONS.items() fo
 
 
 def resized(context: TokenContext, batch_size: int, length: int, **fields) -> TokenContext:
-    """The context for other shapes: samples are repeated, every per-token field is dropped."""
+    """The context for other shapes: samples are repeated, per-token fields but ids and logits are dropped."""
     which = torch.arange(batch_size) % max(context.batch_size, 1)
     null_mask = None if context.null_mask is None else context.null_mask[which]
     fields = {"null_mask": null_mask, "seed": 0, "step": 0, "sample_id": torch.arange(batch_size)} | fields
+    for name in ("token_ids", "modality"):  # the same at the same place of a sample, however many follow
+        if (ids_BL := getattr(context, name)) is not None and name not in fields:
+            fields[name] = ids_BL[which][:, torch.arange(length) % context.length]
+    if context.previous_logits is not None and "previous_logits" not in fields:
+        logits_BLE = context.previous_logits.unflatten(0, (context.batch_size, context.length))
+        fields["previous_logits"] = logits_BLE[which][:, torch.arange(length) % context.length].flatten(0, 1)
     return TokenContext(batch_size=batch_size, length=length, **fields)
 
 
