@@ -360,6 +360,9 @@ class Router(nn.Module):
         causal: whether a decision never depends on later tokens.
         batch_independent: whether a decision never depends on other samples.
         allow_noncausal: let it decide in a model that decodes left to right although it is not causal.
+        without_gradient: what the weights and losses of a decision give no gradient, on purpose: names of parameters or
+            of submodules (a head that only the recipe's own loss trains), "tokens", or "weights" for all of them.
+        unused_options: options that are there for the sake of one signature and change nothing.
         reductions: how each entry of ``Routing.stats`` adds up over micro-batches and ranks.
         options: what it was created with, defaults included: ``create_router(name, **options)`` makes it again.
     """
@@ -375,6 +378,8 @@ class Router(nn.Module):
     causal: bool = False
     batch_independent: bool = False
     allow_noncausal: bool = False
+    without_gradient: tuple[str, ...] = ()
+    unused_options: ClassVar[tuple[str, ...]] = ()
     reductions: Mapping[str, str] = {}
     options: dict[str, Any]
 

@@ -73,6 +73,10 @@ class RaceRouter(Router):
         self.register_buffer("threshold", torch.zeros(()))
 
     @property
+    def without_gradient(self) -> tuple[str, ...]:
+        return () if self.head is None else ("head",)
+
+    @property
     def batch_independent(self) -> bool:
         return not self.training
 

@@ -119,6 +119,13 @@ class TopKRouter(GatedRouter):
         return ("noise",) if self.jitter and self.training else ()
 
     @property
+    def without_gradient(self) -> tuple[str, ...]:
+        # one weight divided by itself is 1 whatever the token is
+        one = self.top_k == 1 and (self.renormalise or self.softmax_after)
+        parameters = () if self.linear_bias is None else ("linear_bias",)
+        return ("tokens", "weight", *parameters) if one and not (self.balance_weight or self.z_weight) else ()
+
+    @property
     def causal(self) -> bool:
         return self.capacity_factor is None or self.drop_policy == "position"
 
