@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gatewright.kernels.attention import AttentionWeights
 from gatewright.routers import Router, Routing, TokenContext, create_router, list_routers, router_class
 
 _OPTIONS = {
@@ -82,7 +83,31 @@ _OPTIONS = {
         {"constant_experts": 0, "zero_experts": 3, "top_k": 1},
         {"num_experts": 1, "top_k": 3, "copy_experts": 0},
     ],
+    "similarity_aware": [
+        {"causal": True, "similarity": "lowrank", "rank": 3, "learn_temperature": True, "blend": 0.7},
+        {"similarity": "full", "base_options": {"softmax_after": True, "z_weight": 0.1, "balance_weight": 0.1}},
+        {"base": "deepseek_v3", "base_options": {"num_groups": 2, "z_weight": 0.1}, "temperature": 8.0},
+        {"causal": True, "base": "switch", "similarity": "full"},
+        {"num_experts": 1, "top_k": 1, "base_options": {"balance_weight": 0.1}},
+    ],
+    "attention_aware": [
+        {"causal": True, "combine": "posterior", "blend": 0.7},
+        {"combine": "posterior", "base_options": {"softmax_after": True, "z_weight": 0.1, "balance_weight": 0.1}},
+        {"causal": True, "combine": "learned", "num_heads": 2, "base": "deepseek_v3"},
+        {"base": "switch", "top_k": 2},
+        {"num_experts": 1, "top_k": 1, "base_options": {"balance_weight": 0.1}},
+    ],
 }
+
+
+def attention_of(context: TokenContext, *, causal: bool) -> AttentionWeights:
+    """An attention of two heads over the context's tokens, the same at the same place of a sample, however many tokens
+    and samples follow."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 8, 2, 64, 8, generator=generator, dtype=torch.float64)
+    q, k, v = qkv[:, : context.batch_size, :, : context.length]
+    w_out = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    return AttentionWeights(q, k, causal=causal, padding_mask=context.padding_mask, v=v, w_out=w_out)
 
 
 class Case:
@@ -95,6 +120,9 @@ class Case:
         # what a preset sets is what makes it that strategy
         self.options = {k: v for k, v in example.items() if k not in preset} | options
         self.width = example["dim"]
+        if self.context.attention is not None:
+            attention = attention_of(self.context, causal=self.options.get("causal", False))
+            self.context = self.context.replace(attention=attention)
 
     def __repr__(self) -> str:
         example = router_class(self.name)[0].example()[0]
@@ -131,7 +159,10 @@ def resized(context: TokenContext, batch_size: int, length: int, **fields) -> To
     if context.previous_logits is not None and "previous_logits" not in fields:
         logits_BLE = context.previous_logits.unflatten(0, (context.batch_size, context.length))
         fields["previous_logits"] = logits_BLE[which][:, torch.arange(length) % context.length].flatten(0, 1)
-    return TokenContext(batch_size=batch_size, length=length, **fields)
+    resized = TokenContext(batch_size=batch_size, length=length, **fields)
+    if context.attention is None or "attention" in fields:
+        return resized
+    return resized.replace(attention=attention_of(resized, causal=context.attention.causal))
 
 
 def dense(routing: Routing) -> Tensor:
