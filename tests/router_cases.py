@@ -83,6 +83,15 @@ _OPTIONS = {
         {"constant_experts": 0, "zero_experts": 3, "top_k": 1},
         {"num_experts": 1, "top_k": 3, "copy_experts": 0},
     ],
+    "soft_moe": [{"slots": 1, "normalise": False}, {"num_experts": 1, "slots": 3}],
+    "densemixer": [{"renormalise": True, "balance_weight": 0.1}, {"top_k": 4}, {"num_experts": 1, "top_k": 1}],
+    "remoe": [{"top_k": 1.5, "coefficient": 0.1}, {"num_experts": 1, "top_k": 0.5, "coefficient": 0.1}],
+    "aoe": [
+        {"renormalise": False, "balance_weight": 0.1, "rank": None},
+        {"top_k": 1, "renormalise": False},
+        {"num_experts": 1, "top_k": 1},
+    ],
+    "sparsemixer": [{"jitter": 0.1, "balance_weight": 0.1}, {"num_experts": 2, "jitter": 1.0}],
     "similarity_aware": [
         {"causal": True, "similarity": "lowrank", "rank": 3, "learn_temperature": True, "blend": 0.7},
         {"similarity": "full", "base_options": {"softmax_after": True, "z_weight": 0.1, "balance_weight": 0.1}},
@@ -90,6 +99,17 @@ _OPTIONS = {
         {"causal": True, "base": "switch", "similarity": "full"},
         {"num_experts": 1, "top_k": 1, "base_options": {"balance_weight": 0.1}},
     ],
+    "union": [
+        {"choice": "per_token", "gate": "weighted", "top_k": 3},
+        {"choice": "per_token", "patch": 3},
+        {"choice": "expert", "length": 24},
+        {"gate": "weighted", "quota": "max", "patch": 2},
+        {"quota": "max_60", "top_k": 1},
+        {"gate": "faithful"},
+        {"num_experts": 1, "top_k": 1},
+    ],
+    "sinkhorn": [{"top_k": 2}, {"top_k": 4}, {"num_experts": 1, "top_k": 1}],
+    "base": [{"copy": False}, {"num_experts": 5}, {"num_experts": 1}],
     "attention_aware": [
         {"causal": True, "combine": "posterior", "blend": 0.7},
         {"combine": "posterior", "base_options": {"softmax_after": True, "z_weight": 0.1, "balance_weight": 0.1}},

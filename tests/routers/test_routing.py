@@ -100,6 +100,16 @@ def test_shapes_that_do_not_belong_together_are_refused():
         Routing.from_mask(torch.ones(3, dtype=torch.bool), torch.ones(3))
     slots = Routing(num_tokens=2, bank_size=1, dispatch=torch.ones(1, 2, 1), combine=torch.ones(1, 2, 1))
     assert slots.loss == 0
-    for derive in (slots.as_list, slots.as_topk, slots.load_E):
+    for derive in (slots.as_list, slots.as_topk):
         with pytest.raises(ValueError, match="no assignments.*soft slots"):
             derive()
+
+
+def test_the_load_of_soft_slots_is_how_many_hold_a_token():
+    """Two samples with six slots for three experts; the second is all padding, and slot 3 of the first takes nobody."""
+    dispatch = torch.zeros(2, 4, 6)
+    dispatch[0, 1:] = 1 / 3
+    dispatch[0, :, 3] = 0
+    slots = Routing(num_tokens=8, bank_size=3, dispatch=dispatch.requires_grad_(), combine=dispatch)
+    assert slots.load_E().tolist() == slots.requested_E().tolist() == [2, 1, 2]
+    assert slots.load_E().dtype == torch.int64
