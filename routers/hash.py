@@ -32,6 +32,8 @@ class HashRouter(Router):
     requires = ("token_ids",)
     causal = True
     batch_independent = True
+    without_gradient = ("tokens", "weights")
+    unused_options = ("dim",)
 
     def __init__(
         self,

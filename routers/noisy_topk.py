@@ -85,6 +85,16 @@ class NoisyTopKRouter(GatedRouter):
     def requires(self) -> tuple[str, ...]:
         return ("noise",) if self.noise_std and self.training else ()
 
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        noisy = self.training and self.noise_std > 0
+        if self.form == "vmoe":
+            return ()
+        if self.top_k > 1 or (noisy and self.load_weight and self.num_experts > 1):
+            return () if noisy else ("noise_weight",)
+        # the softmax over one expert is 1 whatever the token is
+        return ("tokens", "weight", "noise_weight")
+
     def logits(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         return self._noisy(x_TD, context)[0]
 
