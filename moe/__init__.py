@@ -4,6 +4,7 @@ from .dispatch import DispatchPlan
 from .experts import ExpertSpec, FeedForward, GroupedExperts
 from .layer import MoELayer, finish_step, moe_layers
 from .parallel import ExpertParallel
+from .segment import SegmentFeedForward, SegmentMoELayer
 from .upcycling import FeedForwardWeights, merge_experts, split_feed_forward, upcycle
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "FeedForwardWeights",
     "GroupedExperts",
     "MoELayer",
+    "SegmentFeedForward",
+    "SegmentMoELayer",
     "finish_step",
     "merge_experts",
     "moe_layers",
