@@ -71,6 +71,12 @@ class CosineRouter(GatedRouter):
         self.directions = nn.Parameter(torch.empty(num_experts, projection_dim).normal_(0, init_std))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        # one weight divided by itself is 1 whatever the token is
+        one = self.top_k == 1 and self.renormalise and not self.balance_weight
+        return ("tokens", "projection", "directions", "log_scale") if one else ()
+
     def logits(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         h_TP = apply_linear(self.projection, x_TD.to(router_dtype(x_TD)))
         scale = self.log_scale.to(h_TP.dtype).clamp(max=MAX_LOG_SCALE).exp()
