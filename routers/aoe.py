@@ -7,16 +7,17 @@
 The z of the chosen are not lost: they go on as the expert's input, ``Routing.rows`` [N, D], so A and B learn from what
 the expert makes of them.
 
-What the paper factorises is the gate projection of a gated expert, W_g = A_e B_e with B_e [r, H]: there the other
-projection sees x. A router hands an expert one input of width D, so here everything the expert sees has passed through
-A_e. Without a gate, act(B_e z) then differs from the paper's only in that B_e is written as the product of our B_e and
-the expert's own first matrix; a gated expert here is of rank r in both projections, which the paper's is not.
+What the paper factorises is the gate projection of a gated expert, W_g = B_e A_e with B_e [H, r]: there the other
+projection sees x. A router hands an expert one input of width D, so B_e is [D, r] here, and everything that the expert
+sees has passed through A_e. Without a gate, act(W_1 B_e z) differs from the paper's act(B_e z) only in that its B_e is
+the product W_1 B_e; a gated expert is of rank r in both projections here, and in the paper in the gate's alone.
 
 A and B are the router's, so every rank holds all of them (2 E D r numbers). z [T, E, r] is computed for every expert on
 the token's own rank and kept for the backward, 4 T E r bytes in float32: 268 MB for 8,192 tokens, 64 experts, r = 128.
 
-Source: arXiv:2501.13074 and the released code, trestad/Autonomy-of-Experts, moe.py (``AoE``) and AoE.py (megablocks),
-read. moe.py renormalises, AoE.py does not. Their balance loss is K times ``balance``, whose value at balance is 1.
+Source: arXiv:2501.13074 and the released code, trestad/Autonomy-of-Experts: moe.py (``AoE``), read and run (same ids,
+weights and loss), and AoE.py for megablocks, read, which does not renormalise. The paper's d_low is r. The released
+balance loss is K times ``balance``, whose value at balance is 1.
 """
 
 import torch

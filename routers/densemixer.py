@@ -11,10 +11,10 @@ In training every expert computes every token: those not chosen with a weight of
 to mask. It costs E / K times the experts' work, forward and backward; evaluation, and training without gradient, is
 plain top-k. The load is that of the chosen (``Routing.selected``).
 
-Source: the released code, yaof20/DenseMixer, densemixer/models/olmoe_custom.py and qwen3_moe_custom.py, read; both
-renormalise as here ("partscale_fix_expert"). Its qwen2_moe_custom.py renormalises the forward only: its gradients, the
-experts' included, are those of the raw p. Its newest version spends the dense forward in the backward, without graph,
-which a router cannot: it never sees the experts. There is no loss of its own; ``balance`` is that of the models.
+Source: the released code, yaof20/DenseMixer, densemixer/models/olmoe_custom.py and qwen3_moe_custom.py, read and run:
+same output and gradients, renormalised ("partscale_fix_expert") or not. Its qwen2_moe_custom.py renormalises only the
+forward: its gradients, the experts' too, are those of the raw p. A later qwen3_moe_custom.py runs the dense forward in
+the backward, without graph, which a router cannot: it never sees the experts. ``balance`` is the models' loss, not its.
 """
 
 import torch

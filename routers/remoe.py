@@ -12,9 +12,10 @@ At the start about half of all experts are active, and training costs accordingl
 No token is dropped. ``scores`` are the shares r / sum r, and 1/E each for a token without an expert.
 
 Source: arXiv:2412.14711 and the released code, thu-ml/ReMoE, megatron/core/transformer/moe/router.py ``ReLURouter`` and
-megatron/training/training.py, read. There one coefficient follows the mean density of all layers; here each router has
-its own, so every layer comes to k and not only their mean. Density is active pairs over all pairs of the step's
-micro-batches and ranks; there it is the mean of their densities, the same where they are equally long.
+megatron/training/training.py, read, and its loss function run: same values. There one coefficient follows the mean
+density of all layers; here each router has its own, so every layer comes to k and not only their mean. Density is active
+pairs over all pairs of the step's micro-batches and ranks; there it is the mean of their densities, which is the same
+where they are equally long.
 """
 
 import torch
@@ -83,7 +84,7 @@ class ReMoERouter(GatedRouter):
         if real_T is not None:
             active_TE = active_TE & real_T[:, None]
         load_E = active_TE.sum(0)
-        norm = (load_E * (scores_TE * active_TE).sum(0)).sum() / tokens.clamp(min=1).square()
+        norm = (load_E * scores_TE.masked_fill(~active_TE, 0).sum(0)).sum() / tokens.clamp(min=1).square()
         sum_T1 = scores_TE.sum(1, keepdim=True)
         return Routing.from_mask(
             active_TE,
@@ -100,3 +101,8 @@ class ReMoERouter(GatedRouter):
         self.coefficient *= (self.multiplier**direction).to(self.coefficient.dtype)
         limits = torch.finfo(self.coefficient.dtype)
         self.coefficient.clamp_(limits.tiny, limits.max)  # from 0 or infinity no factor leads back
+
+    @classmethod
+    def example(cls) -> tuple[dict, TokenContext]:
+        options, context = super().example()
+        return options | {"top_k": 1.0}, context  # an untrained router has E / 2 active: the coefficient rises

@@ -11,9 +11,9 @@ For telemetry ``scores`` [T, E] are the combine weights summed over each expert'
 up to a constant of the row. The load counts slots that hold a token, which is the same number for every expert: what an
 expert computes is balanced by construction, and whose slots tokens listen to is in ``scores``.
 
-Source: Puigcerver et al., arXiv:2308.00951, and google-research/vmoe, projects/soft_moe/router.py, read: ``normalise``
-is its rule, with ``scale`` learned from 1; without it this is the paper's Algorithm 1. The code can derive ``slots``
-from the length (round(L / E)) and add noise to the logits; here the slots are given, and there is no noise.
+Source: Puigcerver et al., arXiv:2308.00951, and google-research/vmoe, projects/soft_moe/router.py, read (not run: it is
+JAX): ``normalise`` is its rule, with ``scale`` learned from 1; without it this is the paper's Algorithm 1. The code can
+derive ``slots`` from the length (round(L / E)) and add noise to the logits; here they are given, and there is no noise.
 """
 
 import torch
