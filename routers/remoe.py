@@ -13,8 +13,8 @@ No token is dropped. ``scores`` are the shares r / sum r, and 1/E each for a tok
 
 Source: arXiv:2412.14711 and the released code, thu-ml/ReMoE, megatron/core/transformer/moe/router.py ``ReLURouter`` and
 megatron/training/training.py, read, and its loss function run: same values. There one coefficient follows the mean
-density of all layers; here each router has its own, so every layer comes to k and not only their mean. Density is active
-pairs over all pairs of the step's micro-batches and ranks; there it is the mean of their densities, which is the same
+density of all layers; here each router has its own, so every layer comes to k and not only their mean. Density is over
+all pairs of the step's micro-batches and ranks together; there it is the mean of their densities, which is the same
 where they are equally long.
 """
 
