@@ -66,6 +66,10 @@ class CentroidRouter(GatedRouter):
         self.register_buffer("centroids", centroids_ED)
         self._has_centroids = seed is not None
 
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        return ("tokens",) if self.top_k == 1 else ()
+
     @torch.no_grad()
     def set_centroids(self, centroids_ED: Tensor) -> None:
         """

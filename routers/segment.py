@@ -100,6 +100,10 @@ class SegmentRouter(Router):
     def causal(self) -> bool:
         return self.shifted or self.segment_size == 1
 
+    @property
+    def without_gradient(self) -> tuple[str, ...]:
+        return ("tokens", "weight") if self.renorm_top1 and not self.balance_weight else ()
+
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         dtype = router_dtype(x_TD)
         x_BLD = x_TD.to(dtype).view(context.batch_size, context.length, x_TD.shape[1])

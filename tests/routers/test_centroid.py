@@ -46,6 +46,7 @@ def test_equals_its_definition(mode, top_k):
     (expected.nan_to_num(0) * factor).sum().backward()
     assert_same(grad, x.grad, "gradient of x", 1e-11)
     assert (grad.abs().max() > 1e-3) == (top_k > 1)
+    assert router.without_gradient == (("tokens",) if top_k == 1 else ())
 
 
 def test_faithful_takes_the_farthest_and_nearest_the_closest():

@@ -169,6 +169,8 @@ def test_the_task_trains_the_router_unless_its_one_weight_is_renormalised():
         largest = router.weight.grad.abs().max()
         assert largest > 1e-2 if trained else largest < 1e-14
         assert ((weight == 1).all()) == (not trained)
+    assert make(renorm_top1=True).without_gradient == (), "the balance loss trains it"
+    assert make(renorm_top1=True, balance_weight=0.0).without_gradient == ("tokens", "weight")
 
 
 def test_a_decision_sees_the_later_tokens_of_its_segment():
