@@ -423,10 +423,13 @@ class Router(nn.Module):
                 )
         if context.causal and not (self.causal or self.allow_noncausal):
             mode = "training" if self.training else "evaluation"
+            option = (
+                "Make it with causal=True, choose" if getattr(self, "options", {}).get("causal") is False else "Choose"
+            )
             raise ValueError(
                 f'router "{self.name or type(self).__name__}" is not causal in {mode} with these options: its decision '
                 "for a token may depend on later ones, and context.causal says that the model decodes left to right. "
-                "Choose a causal router, or allow it: MoELayer(..., allow_noncausal=True)"
+                f"{option} a causal router, or allow it: MoELayer(..., allow_noncausal=True)"
             )
         if context.real_T is not None:
             # padding may hold anything, and 0 * NaN in a backward would reach every parameter
