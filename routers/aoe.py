@@ -13,7 +13,8 @@ sees has passed through A_e. Without a gate, act(W_1 B_e z) differs from the pap
 the product W_1 B_e; a gated expert is of rank r in both projections here, and in the paper in the gate's alone.
 
 A and B are the router's, so every rank holds all of them (2 E D r numbers). z [T, E, r] is computed for every expert on
-the token's own rank and kept for the backward, 4 T E r bytes in float32: 268 MB for 8,192 tokens, 64 experts, r = 128.
+the token's own rank, T E D r multiply-adds, and kept for the backward, 4 T E r bytes in float32: 268 MB for 8,192
+tokens, 64 experts and r = 128.
 
 Source: arXiv:2501.13074 and the released code, trestad/Autonomy-of-Experts: moe.py (``AoE``), read and run (same ids,
 weights and loss), and AoE.py for megablocks, read, which does not renormalise. The paper's d_low is r. The released

@@ -33,6 +33,7 @@ class SparseMixerRouter(Router):
     evidence = "code"
     paper = "SparseMixer-v2 (GRIN), arXiv:2409.12136"
     requires_by_option = ("noise",)
+    unused_options = ("top_k",)  # it is 2
     loss_names = ("balance",)
     causal = True
     batch_independent = True
