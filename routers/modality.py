@@ -20,6 +20,8 @@ class ModalityRouter(Router):
     requires = ("modality",)
     causal = True
     batch_independent = True
+    without_gradient = ("tokens", "weights")
+    unused_options = ("dim",)
 
     def __init__(self, *, num_experts: int, dim: int | None = None) -> None:
         """

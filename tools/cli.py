@@ -17,6 +17,11 @@ from .. import __version__
 # name: (module, what it does in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("gatewright.tools.bench", "time a MoE layer against a dense feed-forward and a loop over its experts"),
+    "bench-routers": ("gatewright.tools.bench_routers", "time each router's decision against plain softmax top-k"),
+    "check-router": (
+        "gatewright.tools.check_router",
+        "say whether a router, yours or a listed one, keeps its contract",
+    ),
     "export": ("gatewright.tools.export", "turn a training run into safetensors weights and a JSON configuration"),
     "routers": ("gatewright.tools.routers", "list the routers, or show one with its options"),
 }
