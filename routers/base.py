@@ -423,19 +423,20 @@ class Router(nn.Module):
                 )
         if context.causal and not (self.causal or self.allow_noncausal):
             mode = "training" if self.training else "evaluation"
-            option = (
-                "Make it with causal=True, choose" if getattr(self, "options", {}).get("causal") is False else "Choose"
-            )
+            choose = "Make it with causal=True, choose" if self._has_causal_option() else "Choose"
             raise ValueError(
                 f'router "{self.name or type(self).__name__}" is not causal in {mode} with these options: its decision '
                 "for a token may depend on later ones, and context.causal says that the model decodes left to right. "
-                f"{option} a causal router, or allow it: MoELayer(..., allow_noncausal=True)"
+                f"{choose} a causal router, or allow it: MoELayer(..., allow_noncausal=True)"
             )
         if context.real_T is not None:
             # padding may hold anything, and 0 * NaN in a backward would reach every parameter
             x = x.masked_fill(~context.real_T[:, None], 0)
         with torch.autocast(x.device.type, enabled=False):
             return super().__call__(x, context)
+
+    def _has_causal_option(self) -> bool:
+        return getattr(self, "options", {}).get("causal") is False
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x [T, D], 0 at padded tokens -> the decision. Pure: no attribute, buffer or random state changes."""
