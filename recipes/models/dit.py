@@ -15,7 +15,6 @@ Sources: DiT, arXiv:2212.09748; ProMoE, arXiv:2510.24711v2, and its released cod
 parts have.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from gatewright.routers import Routing, TokenContext, create_router
 from gatewright.tools.weights import load_model
 
 from .dit_config import DiTConfig
+from .seeding import named_seed
 
 ACTIVATION = "gelu_tanh"
 TIME_FEATURES = 256
@@ -79,7 +79,7 @@ class DiT(nn.Module):
         if index not in config.moe_blocks:
             return FeedForward(ExpertSpec(config.dim, config.hidden, ACTIVATION, bias=True))
         spec = ExpertSpec(config.dim, config.expert_hidden, ACTIVATION, bias=True)
-        torch.manual_seed(_key(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
+        torch.manual_seed(named_seed(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
         router = create_router(
             config.router,
             dim=config.dim,
@@ -95,7 +95,7 @@ class DiT(nn.Module):
         """Xavier for linear layers, N(0, 0.02^2) for the two embedders, zero for what adaLN-Zero keeps shut."""
         for name, module in self._own_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:
-                generator = torch.Generator().manual_seed(_key(seed, name))
+                generator = torch.Generator().manual_seed(named_seed(seed, name))
                 if "adaLN_modulation" in name or name == "final_layer.linear":
                     nn.init.zeros_(module.weight)
                 elif name.startswith("t_embedder"):
@@ -104,7 +104,7 @@ class DiT(nn.Module):
                     nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Embedding) and not module.weight.is_meta:
-                generator = torch.Generator().manual_seed(_key(seed, name))
+                generator = torch.Generator().manual_seed(named_seed(seed, name))
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
 
     def _own_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -305,10 +305,6 @@ def count_parameters(config: DiTConfig) -> ParameterCount:
 
 def _norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def load(config: Mapping[str, Any]) -> DiT:
