@@ -82,16 +82,20 @@ class NoisyTopKRouter(GatedRouter):
             self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, dim**-0.5))
 
     @property
+    def draws(self) -> bool:
+        """Whether there is noise in this mode."""
+        return self.training and self.noise_std > 0 and self.num_experts > 1
+
+    @property
     def requires(self) -> tuple[str, ...]:
-        return ("noise",) if self.noise_std and self.training else ()
+        return ("noise",) if self.draws else ()
 
     @property
     def without_gradient(self) -> tuple[str, ...]:
-        noisy = self.training and self.noise_std > 0
         if self.form == "vmoe":
             return ()
-        if self.top_k > 1 or (noisy and self.load_weight and self.num_experts > 1):
-            return () if noisy else ("noise_weight",)
+        if self.top_k > 1 or (self.draws and self.load_weight):
+            return () if self.draws else ("noise_weight",)
         # the softmax over one expert is 1 whatever the token is
         return ("tokens", "weight", "noise_weight")
 
@@ -134,7 +138,7 @@ class NoisyTopKRouter(GatedRouter):
         dtype = router_dtype(x_TD)
         x_TD = x_TD.to(dtype)
         clean_TE = F.linear(x_TD, self.weight.to(dtype))
-        if not (self.training and self.noise_std):
+        if not self.draws:
             return clean_TE, clean_TE, None
         if self.form == "shazeer":
             softplus_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(dtype)))
