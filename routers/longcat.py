@@ -77,7 +77,8 @@ class LongCatRouter(GatedRouter):
 
     @property
     def stateful(self) -> bool:
-        return self.bias_rate != 0
+        # where every expert is chosen there is nothing to steer
+        return self.bias_rate != 0 and self.top_k < self.bank_size
 
     def logits(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         dtype = router_dtype(x_TD)

@@ -66,7 +66,8 @@ _OPTIONS = {
     ],
     "longcat": [
         {"top_k": 4, "real_experts": 1.5, "identity_experts": 3},
-        {"bias_rate": 0.0, "identity_experts": 0},
+        {"bias_rate": 0.0},
+        {"identity_experts": 0},
         {"num_experts": 1, "top_k": 2},
     ],
     "quantile": [

@@ -111,6 +111,8 @@ def test_the_bias_controls_how_many_real_experts_a_token_has(real):
 def test_what_it_is_by_default():
     router = create_router("longcat", dim=8, num_experts=512, top_k=12)
     assert router.expert_kinds == ("routed",) * 512 + ("copy",) * 256 and router.real_experts == 8
+    every, x = create(top_k=N + Z)
+    assert not every.stateful and every(x).stats == {}
     fixed, x = create(bias_rate=0.0)
     assert not fixed.stateful and fixed(x).stats == {} and "bias" in fixed.state_dict()
 
