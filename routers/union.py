@@ -21,7 +21,9 @@ of one sample all g' of chosen patches are 1 up to the 1e-8, so they rank nearly
 "per_token" with patches of one token is causal.
 
 Source: Yang et al., arXiv:2503.02495; YujiaoYang-work/UoE, language_modeling/model/mlp/UoME_DS.py and UoME_ES.py and
-model/attention/SMHA_v3.py, read. Left out there and here: g' times the batch size, which ranks nothing otherwise.
+model/attention/SMHA_v2.py and SMHA_v3.py, read; their gates and selections were run on random input, and "data" takes
+the same tokens for all three quotas, up to which of equal ones fill up. Left out: a factor of g' that is the batch size
+and ranks nothing otherwise.
 Reconstructed: patches of more than one token (theirs are unused arguments), "per_token", "ste" and "weighted".
 """
 
@@ -149,7 +151,7 @@ class UnionRouter(GatedRouter):
         if self.gate == "faithful":
             return torch.ones_like(scores)
         if self.gate == "ste":
-            return 1 + scores - scores.detach()
+            return 1 + (scores - scores.detach())
         own = scores if mask is None else scores * mask
         count = scores.shape[1] if mask is None else mask.sum(1, keepdim=True)
         return count * own / own.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
