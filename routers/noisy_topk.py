@@ -14,6 +14,8 @@ evaluation, without noise, or where K = E. ``noise_std`` multiplies the noise.
 With "shazeer" and K = 1 the one weight is 1 and the gate learns from the load loss alone. W_g and W_n start from 0, as
 the paper has it, so that the load starts even; "vmoe" starts from N(0, 1 / sqrt(D)).
 
+It is not made of the three steps of a ``GatedRouter``: its losses need the logits without noise besides.
+
 Sources, both code files read: ``tensorflow/tensor2tensor`` tensor2tensor/utils/expert_utils.py for Shazeer et al.,
 arXiv:1701.06538, equations 3 to 11 (the 0.01 in the noise is the code's); ``google-research/vmoe`` vmoe/nn/routing.py
 for V-MoE, arXiv:2106.05974, appendix A.2 (without its capacity and batch priority; the losses are those of one group,
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import GatedRouter, Routing, TokenContext, register_router, router_dtype
+from .base import Router, Routing, TokenContext, register_router, router_dtype
 from .losses import squared_variation
 from .selection import check_top_k, drop_padding
 
@@ -36,7 +38,7 @@ LEAST_DEVIATION = 1e-2  # tensor2tensor's noise_epsilon
 
 
 @register_router("noisy_topk")
-class NoisyTopKRouter(GatedRouter):
+class NoisyTopKRouter(Router):
     evidence = "code"
     paper = "Shazeer et al., arXiv:1701.06538; V-MoE, arXiv:2106.05974"
     requires_by_option = ("noise",)
@@ -99,53 +101,37 @@ class NoisyTopKRouter(GatedRouter):
         # the softmax over one expert is 1 whatever the token is
         return ("tokens", "weight", "noise_weight")
 
-    def logits(self, x_TD: Tensor, context: TokenContext) -> Tensor:
-        return self._noisy(x_TD, context)[0]
-
-    def assign(self, logits_TE: Tensor, scores_TE: Tensor, context: TokenContext) -> Routing:
-        index_TK = scores_TE.detach().topk(self.top_k, dim=-1).indices
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+        dtype, real_T, deviation = router_dtype(x_TD), context.real_T, None
+        x_TD = x_TD.to(dtype)
+        clean_TE = logits_TE = F.linear(x_TD, self.weight.to(dtype))
+        if self.draws:
+            deviation = self._deviation(x_TD)
+            logits_TE = clean_TE + context.noise(*clean_TE.shape).to(dtype) * deviation
+        scores_TE = logits_TE.softmax(-1)
+        index_TK = logits_TE.detach().topk(self.top_k, dim=-1).indices
         if self.form == "shazeer":
             weight_TK = logits_TE.gather(1, index_TK).softmax(-1)
+            gates_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, weight_TK)
         else:
             weight_TK = scores_TE.gather(1, index_TK)
+            gates_TE = clean_TE.softmax(-1)
         losses = {}
         if self.importance_weight:
-            gates_TE = scores_TE
-            if self.form == "shazeer":
-                gates_TE = torch.zeros_like(scores_TE).scatter(1, index_TK, weight_TK)
-            losses["importance"] = self.importance_weight * squared_variation(_total(gates_TE, context.real_T))
-        index_TK, weight_TK = drop_padding(index_TK, weight_TK, context.real_T)
+            losses["importance"] = self.importance_weight * squared_variation(_total(gates_TE, real_T))
+        if self.load_weight and self.draws and self.top_k < self.num_experts:
+            load_E = _total(self._chance(logits_TE, clean_TE, deviation), real_T)
+            losses["load"] = self.load_weight * squared_variation(load_E)
+        index_TK, weight_TK = drop_padding(index_TK, weight_TK, real_T)
         return Routing.from_topk(
             index_TK, weight_TK, bank_size=self.bank_size, logits=logits_TE, scores=scores_TE, losses=losses
         )
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        noisy_TE, clean_TE, deviation = self._noisy(x_TD, context)
-        routing = self.assign(noisy_TE, self.scores(noisy_TE), context)
-        if deviation is None:
-            return routing
-        losses = dict(routing.losses)
-        if self.importance_weight and self.form == "vmoe":
-            importance_E = _total(self.scores(clean_TE), context.real_T)
-            losses["importance"] = self.importance_weight * squared_variation(importance_E)
-        if self.load_weight and self.top_k < self.num_experts:
-            load_E = _total(self._chance(noisy_TE, clean_TE, deviation), context.real_T)
-            losses["load"] = self.load_weight * squared_variation(load_E)
-        return routing.replace(losses=losses)
-
-    def _noisy(self, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor | float | None]:
-        """Logits with noise and without, [T, E] both, and the noise's deviation; None where there is no noise."""
-        dtype = router_dtype(x_TD)
-        x_TD = x_TD.to(dtype)
-        clean_TE = F.linear(x_TD, self.weight.to(dtype))
-        if not self.draws:
-            return clean_TE, clean_TE, None
-        if self.form == "shazeer":
-            softplus_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(dtype)))
-            deviation = self.noise_std * (softplus_TE + LEAST_DEVIATION)
-        else:
-            deviation = self.noise_std / self.num_experts
-        return clean_TE + context.noise(*clean_TE.shape).to(dtype) * deviation, clean_TE, deviation
+    def _deviation(self, x_TD: Tensor) -> Tensor | float:
+        """Of the noise, [T, E] or one for all."""
+        if self.form == "vmoe":
+            return self.noise_std / self.num_experts
+        return self.noise_std * (F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype))) + LEAST_DEVIATION)
 
     def _chance(self, noisy_TE: Tensor, clean_TE: Tensor, deviation: Tensor | float) -> Tensor:
         """P: the probability to be among the K if one's own noise were drawn again. [T, E]"""

@@ -145,7 +145,7 @@ def test_the_smooth_load_is_the_chance_of_being_chosen_again(form):
     """Redraw one expert's noise many times, the others' kept: it is chosen as often as P says. (With the threshold of
     "vmoe" one that was chosen is measured against itself too, so there only the rest agree.)"""
     router, x = create(form=form, noise_std=3.0 if form == "vmoe" else 1.0)
-    noisy, clean, deviation = router._noisy(x, CONTEXT)
+    noisy, clean, deviation = router(x, CONTEXT).logits, x @ router.weight.T, router._deviation(x)
     chance = router._chance(noisy, clean, deviation)
     deviation = torch.as_tensor(deviation, dtype=D64).expand(T, E)
     draws = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=D64)
