@@ -102,7 +102,8 @@ class CentroidRouter(GatedRouter):
         if not self._has_centroids:
             self._look_for_centroids()
         dtype = router_dtype(x_TD)
-        # by matrix products for every number of tokens, so that padding more of them changes nothing
+        # by matrix products for every number of tokens, so that padding more of them changes nothing; what is nearer to
+        # a centroid than 1e-3 of its length (in float32) is not told from it
         distance_TE = torch.cdist(x_TD.to(dtype), self.centroids.to(dtype), compute_mode="use_mm_for_euclid_dist")
         return distance_TE if self.mode == "faithful" else -distance_TE
 
