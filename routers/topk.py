@@ -10,7 +10,7 @@ in the weight; after each optimizer step  bias_e += bias_rate * sign(mean load -
 Sources: Shazeer et al., arXiv:1701.06538; Switch, arXiv:2101.03961 (K = 1, capacity, balance loss, jitter); ST-MoE,
 arXiv:2202.08906 (z-loss); DeepSeek-V3, arXiv:2412.19437 (sigmoid, bias, groups, scale), and its inference code;
 loss-free balancing, arXiv:2408.15664; capacity and drop policies as in Megatron-Core's
-``apply_router_token_dropping``, square-root softplus as in its ``sqrtsoftplus``.
+``apply_router_token_dropping`` ("choice": flaxformer's order), square-root softplus as in its ``sqrtsoftplus``.
 """
 
 from typing import Literal
