@@ -149,6 +149,14 @@ def test_the_length_of_tokens_is_not_seen_where_it_is_normalised():
         assert torch.allclose(a, b, atol=1e-6) == normalise
 
 
+def test_a_very_short_token_counts_less():
+    """Of length 1e-3, whose square is the 1e-6 of the norm: every cosine times sqrt(1/2)."""
+    router = create(slots=1)
+    x = F.normalize(tokens(1), dim=-1)
+    long, short = (router(f * x.flatten(0, 1), TokenContext.for_tokens(x)).logits for f in (1e6, 1e-3))
+    torch.testing.assert_close(short, long * 0.5**0.5)
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 def test_padding_has_no_part(normalise):
     layer, x = layer_of(create(normalise=normalise)), tokens(3)
@@ -161,7 +169,8 @@ def test_padding_has_no_part(normalise):
     torch.testing.assert_close(y[:1, [0, 2, 3]], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(routing.dispatch[:1, [0, 2, 3]], without.dispatch, rtol=1e-12, atol=1e-12)
     assert routing.load_E().tolist() == [4] * E, "the sample without tokens loads nobody"
-    y.sum().backward()
+    with torch.autograd.set_detect_anomaly(True):  # also in between
+        y.sum().backward()
     assert (dirty.grad[~mask] == 0).all() and dirty.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
