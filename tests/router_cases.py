@@ -6,7 +6,7 @@ from torch import Tensor
 from gatewright.kernels.attention import AttentionWeights
 from gatewright.routers import Router, Routing, TokenContext, create_router, list_routers, router_class
 
-_OPTIONS = {
+VARIANTS = {
     "topk": [
         {"top_k": 1, "renormalise": True},
         {"top_k": 4},
@@ -103,7 +103,7 @@ _OPTIONS = {
     "union": [
         {"choice": "per_token", "gate": "weighted", "top_k": 3},
         {"choice": "per_token", "patch": 3},
-        {"choice": "expert", "length": 24},
+        {"choice": "expert", "length": 40},
         {"gate": "weighted", "quota": "max", "patch": 2},
         {"quota": "max_60", "top_k": 1},
         {"gate": "faithful"},
@@ -166,7 +166,7 @@ class Case:
 
 
 LISTED = [Case(name) for name in list_routers()]
-CASES = LISTED + [Case(name, **options) for name, several in _OPTIONS.items() for options in several]
+CASES = LISTED + [Case(name, **options) for name, several in VARIANTS.items() for options in several]
 
 
 def resized(context: TokenContext, batch_size: int, length: int, **fields) -> TokenContext:

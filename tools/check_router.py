@@ -11,8 +11,10 @@ Exit status 0: every property that could be checked holds; 1: some does not; 2: 
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib
+import json
 import sys
 import textwrap
 from pathlib import Path
@@ -66,9 +68,10 @@ def find_factory(text: str) -> Any:
     Raises:
         ValueError: there is no such name, module, file or attribute, or importing it fails.
     """
+    known = list_routers()
     where, colon, attribute = text.rpartition(":")
     if not colon:
-        if text.endswith(".py") or text not in list_routers() and "." in text:
+        if text.endswith(".py") or text not in known and "." in text:
             raise ValueError(f'"{text}" says where, not what: give {text}:Factory')
         router_class(text)
         return text
@@ -125,7 +128,7 @@ def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f'--option "{text}": give NAME=VALUE')
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return name, read(value)
+    return name, value

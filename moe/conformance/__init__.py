@@ -15,11 +15,15 @@ holds them by name. Parameters are drawn from N(0, 1), tokens from a counter-bas
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...routers.base import TokenContext
 from . import decision, gradient, independence, ranks, state  # noqa: F401  each brings its checks
@@ -122,9 +126,10 @@ def run_check(subject: Subject, one: Check) -> Result:
 def _crash(error: Exception) -> Violation:
     """A violation from an error that no check expected: the router's own frames say where."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "conformance" not in frame.filename and "/torch/" not in frame.filename]
+    kit, torchs = (str(Path(module).parent) + os.sep for module in (__file__, torch.__file__))
+    own = [frame for frame in frames if not frame.filename.startswith((kit, torchs))]
     at = f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}: {own[-1].line}" if own else "in the kit itself"
-    within = next((frame.name for frame in reversed(frames) if "conformance" in frame.filename), "")
+    within = next((frame.name for frame in reversed(frames) if frame.filename.startswith(kit)), "")
     return Violation(
         on=f"an input of this check (kit function {within})",
         expected="no error",

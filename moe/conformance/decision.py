@@ -257,12 +257,19 @@ def forward_is_pure(subject: Subject) -> None:
         router = subject.router(training)
         for probe in _probes(subject)[: 3 if subject.long else 2]:
             where = f"{mode(router)}, {probe}, decided twice"
-            before, state = _attributes(router), state_of(router)
+            before, state, x = _attributes(router), state_of(router), probe.x.clone()
             first = everything(run(router, probe), probe)
             moved = difference(state_of(router), state)
             after = _attributes(router)
             changed = [name for name in after if name not in before or not _equal(after[name], before[name])]
             advice = "move state in update(stats), from statistics that forward returns"
+            if difference({"": probe.x}, {"": x}):
+                raise Violation(
+                    on=where,
+                    expected="tokens as before",
+                    got="x was changed in place, and with it what the experts see",
+                    advice="compute out of place: x * 2, not x.mul_(2)",
+                )
             if moved:
                 raise Violation(on=where, expected="buffers as before", got=f"buffer {moved}", advice=advice)
             if changed:

@@ -105,8 +105,9 @@ class Subject:
         present = {name for name in OPTIONAL if self.example.has(name)}
         self.options = dict(getattr(router, "options", {}))
         self.bank_size, self.fields = router.bank_size, frozenset(present).union(*(fields for fields, _ in modes))
-        # as a model would: causal attention for a router that is causal by it
-        self.attention = int(self.options.get("num_heads") or 2), all(causal for _, causal in modes)
+        # as a model would: a causal attention for a router that was made for one, or is causal
+        causal = self.options.get("causal", all(causal for _, causal in modes))
+        self.attention = int(self.options.get("num_heads") or 2), bool(causal)
         router.train()
 
     def __str__(self) -> str:
