@@ -88,7 +88,8 @@ class SimilarityAwareRouter(SmoothedRouter):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
 
     def average(self, x_TD: Tensor, scores_BLE: Tensor, context: TokenContext) -> Tensor:
-        u_BLD = F.rms_norm(x_TD.to(scores_BLE.dtype), x_TD.shape[1:]).unflatten(0, scores_BLE.shape[:2])
+        u_TD = F.rms_norm(x_TD.to(scores_BLE.dtype), x_TD.shape[1:])
+        u_BLD = u_TD.masked_fill(~u_TD.isfinite(), 0).unflatten(0, scores_BLE.shape[:2])
         query_BLR = u_BLD if self.w_query is None else u_BLD @ self.w_query.to(u_BLD.dtype)
         key_BLR = u_BLD if self.w_key is None else u_BLD @ self.w_key.to(u_BLD.dtype)
         learned = self.log_temperature

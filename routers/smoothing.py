@@ -30,7 +30,7 @@ class SmoothedRouter(Router):
 
     evidence = "reconstruction"
     paper = "Graph of Tokens, arXiv:2505.00792"
-    # of the default base gate
+    # of the default base gate, where no other is known; a router has its own gate's
     requires_by_option = TopKRouter.requires_by_option
     loss_names = TopKRouter.loss_names
     state_names = tuple(f"base.{name}" for name in TopKRouter.state_names)
@@ -51,6 +51,8 @@ class SmoothedRouter(Router):
         gate = _create_gate(base, base_options, dim, num_experts, top_k)
         super().__init__(num_experts=gate.num_experts, expert_kinds=gate.expert_kinds)
         self.base, self.left_to_right, self.blend = gate, left_to_right, blend
+        self.requires_by_option, self.loss_names = gate.requires_by_option, gate.loss_names
+        self.state_names = tuple(f"base.{name}" for name in gate.state_names)
         level_E = torch.zeros(1, gate.bank_size, device="cpu")
         self._scores_have_no_level = torch.equal(gate.scores(level_E), gate.scores(level_E + 1))
 
@@ -86,7 +88,9 @@ class SmoothedRouter(Router):
         scores_TE = self.base.scores(logits_TE)
         if not self.blend:
             return self.base.assign(logits_TE, scores_TE, context)
-        average_BLE = self.average(x_TD, scores_TE.unflatten(0, (context.batch_size, context.length)), context)
+        # 0 * NaN would reach the tokens that may not see this one
+        finite_TE = scores_TE.masked_fill(~scores_TE.isfinite(), 0)
+        average_BLE = self.average(x_TD, finite_TE.unflatten(0, (context.batch_size, context.length)), context)
         smooth_TE = scores_TE.lerp(average_BLE.to(scores_TE.dtype).flatten(0, 1), self.blend)
         if context.real_T is not None:
             smooth_TE = torch.where(context.real_T[:, None], smooth_TE, scores_TE)

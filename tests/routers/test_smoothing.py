@@ -264,6 +264,26 @@ def test_any_gate_in_three_steps_can_be_the_base(name, monkeypatch):
 
 
 @every_name
+def test_it_says_what_its_base_gate_says_of_itself(name):
+    router = make(name, base="remoe", base_options={"top_k": 1})
+    assert router.loss_names == ("l1",) and router.state_names == ("base.coefficient",)
+    assert set(router(*batch()).losses) == {"l1"} and "base.coefficient" in dict(router.named_buffers())
+    assert make(name, base="deepseek_v3").state_names == type(router).state_names == ("base.bias",)
+    assert make(name).without_gradient == ()
+
+
+@every_name
+def test_a_diverged_token_reaches_no_other_sample_and_no_earlier_token(name):
+    router = make(name, causal=True)
+    x, context = batch(3, 9, causal=True)
+    before = dense(router(x, context)).view(3, 9, -1)
+    x[9 + 4], x[9 + 6] = torch.nan, torch.inf
+    after = dense(router(x, context)).view(3, 9, -1)
+    assert_same(after[[0, 2]], before[[0, 2]], "other samples", 0)
+    assert_same(after[1, :4], before[1, :4], "earlier tokens", 0)
+
+
+@every_name
 def test_other_bases_are_refused(name):
     for refused in ("promoe", "expert_choice", "similarity_aware"):
         with pytest.raises(ValueError, match=f'base="{refused}" does not decide by scores.*: choose one of .*topk'):
