@@ -62,7 +62,9 @@ class CentroidRouter(GatedRouter):
         # NaN and not empty memory, so that a state saved without centroids is known for what it is
         centroids_ED = torch.full((num_experts, dim), torch.nan, dtype=torch.float64)
         if seed is not None:
-            centroids_ED.normal_(generator=torch.Generator(centroids_ED.device).manual_seed(seed))
+            # on the CPU, so that a default device changes nothing
+            generator = torch.Generator("cpu").manual_seed(seed)
+            centroids_ED.copy_(torch.randn(num_experts, dim, generator=generator, dtype=torch.float64, device="cpu"))
         self.register_buffer("centroids", centroids_ED)
         self._has_centroids = seed is not None
 

@@ -122,6 +122,8 @@ def test_without_centroids_it_refuses_to_decide():
     assert_same(dense(router(tokens())), dense(fitted(tokens())), "copied into the buffer", 0)
     assert torch.equal(make(seed=3).centroids, make(seed=3).centroids)
     assert not torch.equal(make(seed=3).centroids, make(seed=4).centroids)
+    with torch.device("meta"):
+        assert make(seed=3).centroids.is_meta
 
 
 def test_set_centroids():
