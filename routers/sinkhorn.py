@@ -8,7 +8,8 @@
 
 Scaling starts at c = 1 and ends when c changes by at most 1e-4 in the mean. A row's factor r_t takes up any shift of
 its logits, so each row is shifted to a maximum of 0 first: the plan is the same and nothing overflows. The end of the
-scaling is a mask over a fixed number of rounds, not a look at the data, so the host never waits for the device.
+scaling is a mask over a fixed number of rounds, so that no round makes the host wait for the device; on the CPU, where
+a look costs nothing, the rounds that would change nothing are left out.
 No loss, no state. In training a decision depends on the whole local batch; in evaluation on the token alone.
 
 Source: ``sinkhorn`` and ``sinkhorn_load_balancing`` of Megatron-Core (NVIDIA/Megatron-LM,
@@ -82,6 +83,7 @@ class SinkhornRouter(GatedRouter):
         return Routing.from_topk(index_TK, weight_TK, bank_size=self.bank_size, logits=logits_TE, scores=shares_TE)
 
 
+@torch.compiler.disable  # compiled, every round would be unrolled into the graph
 @torch.no_grad()
 def sinkhorn(logits_TE: Tensor, real_T: Tensor | None = None, max_rounds: int = 100) -> Tensor:
     """exp(logits) with rows and columns scaled by turns to sums of 1/T and 1/E: [T, E].
@@ -105,4 +107,6 @@ def sinkhorn(logits_TE: Tensor, real_T: Tensor | None = None, max_rounds: int = 
         change = (next_column_E - column_E).abs().mean()
         row_T, column_E = torch.where(done, row_T, next_row_T), torch.where(done, column_E, next_column_E)
         done = done | (change <= TOLERANCE)
+        if done.device.type == "cpu" and done:
+            break
     return row_T[:, None] * kernel_TE * column_E
