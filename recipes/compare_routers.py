@@ -16,7 +16,7 @@ with ``topk``'s, one by one, in one process: steps a second, and the median of t
 Prints a table of mean ± population deviation over the seeds. Whether two routers are told apart is judged by the 95 %
 confidence intervals of their mean losses (Student's t over the seeds): where these overlap, no order is claimed.
 
-The setup: 2 blocks, width 96, 4 heads, 128 bytes; 8 routed experts of hidden width 96 (SwiGLU), 2 a token, in every
+The setup: 2 blocks, width 96, 4 heads, windows of 128 bytes; 8 routed experts of hidden width 96 (SwiGLU), 2 a token, in every
 block; AdamW at 5e-3 with 20 steps of warm-up and a cosine to a tenth, decay 0.1, 8 windows a step, gradients clipped at
 1; 512 windows of held-out files. A file is held out by a hash of its name, one in sixteen.
 
@@ -349,14 +349,16 @@ def train_in_processes(results: Results, runs: Sequence[tuple[str, int]], *, job
     for worker in workers:
         worker.start()
     try:
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(timeout=0.2)
-                if any(other.exitcode not in (None, 0) for other in workers):
-                    raise SystemExit(2)  # the worker has said why
+        while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
+            time.sleep(0.1)
+        failed = [worker.exitcode for worker in workers if worker.exitcode]
     finally:
         for worker in workers:
             worker.terminate()
+    if 2 in failed:
+        raise SystemExit(2)  # the process has said why
+    if failed:
+        fail(PROGRAM, f"a process of --jobs ended with status {failed[0]}; --resume keeps what is done")
 
 
 def time_router(results: Results, name: str, *, seed: int, steps: int, rounds: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A small language model over bytes with a MoE layer in every block: what routers of text are compared in.
 
-    x = embed(bytes)                                                              [B, L, D]
+    x_t = embed(byte t) + embed_before(byte t-1)                                  [B, L, D]
     every block:
         x = x + attention(norm(x))                      causal, rotary positions
         x = x + mlp(norm(x))                            a MoE layer, or a feed-forward of its activated width
@@ -97,6 +97,7 @@ class ByteLM(nn.Module):
         self.config = config
         with torch.random.fork_rng(devices=[]):
             self.embed = nn.Embedding(VOCABULARY, config.dim)
+            self.embed_before = nn.Embedding(VOCABULARY, config.dim)
             self.blocks = nn.ModuleList(
                 Block(config, self._feed_forward(index, layer_factory, parallel, seed)) for index in range(config.depth)
             )
@@ -160,7 +161,8 @@ class ByteLM(nn.Module):
             step=step,
             sample_id=sample_id,
         )
-        x, routings = self.embed(token_ids), []
+        # the byte before spares the first block from learning to look there, which small runs spend themselves on
+        x, routings = self.embed(token_ids) + F.pad(self.embed_before(token_ids[:, :-1]), (0, 0, 1, 0)), []
         for block in self.blocks:
             previous = routings[-1].logits if routings else None
             x, routing = block(x, context.replace(previous_logits=previous))
