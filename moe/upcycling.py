@@ -188,11 +188,12 @@ def upcycle(
         raise
     sliced = split_feed_forward(weights, parts)
     sliced = sliced._replace(w_out=sliced.w_out / total, b_out=None if sliced.b_out is None else sliced.b_out / total)
-    place = {expert: j for j, expert in enumerate(i for i, kind in enumerate(router.expert_kinds) if kind == "routed")}
+    routed = [expert for expert, kind in enumerate(router.expert_kinds) if kind == "routed"]
+    part_of = {expert: j % parts for j, expert in enumerate(routed)}  # and 0, the whole, of a local expert
     for bank in filter(None, (layer.experts, layer.local_experts)):
         for row, expert in enumerate(bank.ids):
             own = _one(_read(bank), row)
-            _copy(_one(sliced, place.get(expert, 0) % parts), own)
+            _copy(_one(sliced, part_of.get(expert, 0)), own)
             if noise:
                 fresh = bank.spec.draw(bank.seed, bank.layer, expert, dtype=own.w_in.dtype, device=own.w_in.device)
                 own.w_in.add_(fresh[0], alpha=noise)
@@ -209,7 +210,7 @@ def _copy(source: FeedForwardWeights, target: FeedForwardWeights) -> None:
         place = getattr(target, name)
         if place is None and value is not None:
             raise ValueError(f"{name} is given and the target has no biases: make it with ExpertSpec(bias=True)")
-        if None not in (place, value) and place.shape != value.shape:
+        if value is not None and place.shape != value.shape:
             raise ValueError(f"{name} has shape {list(value.shape)}: the target's is {list(place.shape)}")
     for place, value in zip(target, source, strict=True):
         if value is not None:

@@ -15,6 +15,7 @@ No loss, no state. In training a decision depends on the whole local batch; in e
 Source: ``sinkhorn`` and ``sinkhorn_load_balancing`` of Megatron-Core (NVIDIA/Megatron-LM,
 megatron/core/transformer/moe/moe_utils.py and router.py), read. It adds 1e-8 to the sums that it divides by, which
 leaves an expert whose column is that small short of its share; here only 0 is guarded against.
+The idea is S-BASE's (Clark et al., arXiv:2202.01169), which was not read.
 """
 
 import torch

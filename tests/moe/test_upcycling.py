@@ -170,6 +170,36 @@ def test_virtual_groups_score_alike_and_hold_every_slice():
     assert (routing.index.sort(1).values // 3).diff(dim=1).eq(0).all() and len(routing.load_E().unique()) > 1
 
 
+@given(
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    parts=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    chosen=st.integers(1, 4),
+    gate=st.sampled_from(
+        [
+            {"softmax_after": True},
+            {"renormalise": True},
+            {"score": "sigmoid", "renormalise": True, "bias_rate": 1e-3},
+            {"score": "sqrtsoftplus", "renormalise": True},
+        ]
+    ),
+    scale=st.sampled_from([1.0, 2.5, 0.3]),
+    linear_bias=st.booleans(),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_gate_with_one_sum_starts_as_the_feed_forward(
+    activation, bias, parts, groups, chosen, gate, scale, linear_bias, seed
+):
+    """E = parts x groups experts; parts > 1 are slices of which a token chooses whole groups."""
+    dense = make_dense(activation, bias, hidden=6, seed=seed)
+    own = {"num_experts": parts * groups, "top_k": parts * min(chosen, groups), "scale": scale}
+    layer = make_layer(hidden=6 // parts, activation=activation, bias=bias, linear_bias=linear_bias, **own, **gate)
+    upcycle(layer, dense, how="slices" if parts > 1 else "copies")
+    equal(layer, dense, x=tokens(seed=seed))
+
+
 @pytest.mark.parametrize(
     "options",
     [{"top_k": 1}, {"top_k": 2}, {"top_k": 2, "score": "sigmoid"}, {"router": "sinkhorn", "top_k": 1}],

@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from gatewright.moe import ExpertSpec, MoELayer
 from gatewright.routers import TokenContext, create_router
 from gatewright.routers.base_layers import balanced_assignment
+
+linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment
 
 D, E, B, L = 6, 4, 2, 9
 
