@@ -137,7 +137,7 @@ def options_are_used(subject: Subject) -> None:
 
 def _matters(subject: Subject, option: str, base: dict[str, Any], look, tried: list[Any]) -> bool:
     """Whether two values of the option, or more, show a difference: at these options, or with a second one changed."""
-    values = [base[option], *_other_values(subject, option, base)]
+    values = _distinct([base[option], *_other_values(subject, option, base)])
 
     def differ(options: dict[str, Any]) -> bool:
         first = None
@@ -146,7 +146,7 @@ def _matters(subject: Subject, option: str, base: dict[str, Any], look, tried: l
             if found is None:
                 continue
             if first is not None:
-                tried.extend([value] if value not in tried else [])
+                tried.extend([value] if repr(value) not in map(repr, tried) else [])
                 if first.differs(found):
                     return True
             else:
@@ -155,8 +155,22 @@ def _matters(subject: Subject, option: str, base: dict[str, Any], look, tried: l
 
     if differ(base):
         return True
+    for variant in subject.variants:
+        # what can be changed only together with other options is used if the whole differs
+        alone = look(base | {option: variant[option]})
+        if variant[option] != base[option] and alone is None and (together := look(variant)) is not None:
+            tried.append(variant[option])
+            if look(base).differs(together):
+                return True
     others = [name for name in base if name != option]
-    return any(differ(base | {name: value}) for name in others for value in _other_values(subject, name, base))
+    return any(
+        differ(base | {name: value}) for name in others for value in _distinct([*_other_values(subject, name, base)])
+    )
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    """Each value once; 1, 1.0 and True are three."""
+    return list({repr(value): value for value in values}.values())
 
 
 class _Seen:
@@ -231,13 +245,13 @@ def _other_values(subject: Subject, option: str, base: dict[str, Any]) -> Iterat
     elif isinstance(value, int) or (value is None and int in kinds):
         number = value or 0
         guesses = (number + 1, number - 1, 2 * number, 2, 3, 4, 8)
-        yield from dict.fromkeys(guess for guess in guesses if guess != value and guess >= 0)
+        yield from (guess for guess in guesses if guess != value and guess >= 0)
         if float in kinds:
             yield number + 0.5
     elif isinstance(value, float) or (value is None and float in kinds):
         number = value or 0.0
         guesses = (number / 2, number * 2, number + 0.1, 0.5, 0.25, 1.0, 0.0, 2.0)
-        yield from dict.fromkeys(guess for guess in guesses if guess != value)
+        yield from (guess for guess in guesses if guess != value)
     elif isinstance(value, (list, tuple)):
         for place, item in enumerate(value):
             if isinstance(item, (int, float)) and not isinstance(item, bool):

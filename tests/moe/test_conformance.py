@@ -160,9 +160,18 @@ def test_the_command_on_names_modules_and_files(capsys, monkeypatch, tmp_path):
     assert status == 0 and "Plain(dim=32, num_experts=5, top_k=2)" in out
     assert command(capsys, "a_file_of_mine:wide", *quick)[0] == 0
     status, out, _ = command(
-        capsys, "topk", *quick, "--option", "top_k=3", "score=sigmoid", "--option", "bias_rate=1e-3"
+        capsys,
+        "topk",
+        *quick,
+        "--option",
+        "top_k=3",
+        "score=sigmoid",
+        "--option",
+        "bias_rate=1e-3",
+        "renormalise=true",
+        "capacity_factor=None",
     )
-    assert status == 0 and "top_k=3, score='sigmoid'" in out and "bias_rate=0.001" in out
+    assert status == 0 and "top_k=3, score='sigmoid'" in out and "bias_rate=0.001" in out and "renormalise=True" in out
 
 
 def test_the_command_on_a_broken_router(capsys):

@@ -21,7 +21,7 @@ MAY_BE_LEFT_OUT = {
     "gated_steps": "it is no GatedRouter",
     "micro_batches_add_up": "it has no state with these options",
     "dropped_tokens_have_no_weight": "soft slots drop nothing",
-    "one_expert": "SparseMixer chooses 2",
+    "one_expert": "its options do not go with one expert",
 }
 
 
@@ -32,9 +32,11 @@ def subject_of(case, long=False):
 
 def holds(case, check, long=False):
     result = run_check(subject_of(case, long), CHECKS[check])
-    assert result.status != "failed", result
-    if result.status == "not checked":
-        assert MAY_BE_LEFT_OUT.get(check, "nothing") in result.message, result
+    if result.notes and check not in ("gradient_reaches_every_parameter", "two_ranks"):
+        pytest.fail(f"{case}\n{result}", pytrace=False)  # those two say that there is one expert, or an odd number
+    may_be = result.status == "not checked" and MAY_BE_LEFT_OUT.get(check, "nothing") in result.message
+    if result.status != "passed" and not may_be:
+        pytest.fail(f"{case}\n{result}", pytrace=False)
 
 
 @pytest.mark.parametrize(("case", "check"), RUNS, ids=lambda value: value if isinstance(value, str) else repr(value))
