@@ -13,6 +13,7 @@ each of weight 1 / K, are ours: the paper's MultiHash splits the experts' weight
 """
 
 import heapq
+import random
 from collections.abc import Sequence
 from typing import Literal
 
@@ -54,11 +55,12 @@ class HashRouter(Router):
             top_k: experts a token id, K, all different.
             kind: how the table is made.
             frequencies: V numbers, the counts of the ids in the corpus, as a list, so that the options are JSON; for
-                ``kind="balanced"``, and only for it.
-            seed: of the random table, so that every rank draws the same one.
+                ``kind="balanced"`` only. None = all alike, so that every expert gets as many ids.
+            seed: of the random table, and of the order of equally loaded experts in a balanced one, so that every rank
+                makes the same.
 
         Raises:
-            ValueError: an option outside its range, or ``frequencies`` missing, superfluous, or not V of them.
+            ValueError: an option outside its range, or ``frequencies`` superfluous or not V of them.
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
@@ -66,11 +68,12 @@ class HashRouter(Router):
             raise ValueError(f"vocabulary={vocabulary}: choose at least 1 token id")
         if kind not in KINDS:
             raise ValueError(f'kind="{kind}": choose one of {KINDS}')
-        if (kind == "balanced") != (frequencies is not None):
-            raise ValueError(f'kind="{kind}" {"needs" if kind == "balanced" else "takes no"} frequencies')
+        if kind == "random" and frequencies is not None:
+            raise ValueError('kind="random" takes no frequencies: choose kind="balanced", which deals by them')
         self.top_k, self.vocabulary = top_k, vocabulary
         if kind == "balanced":
-            table_VK = _deal(_checked(frequencies, vocabulary), num_experts, top_k)
+            counts = [1.0] * vocabulary if frequencies is None else _checked(frequencies, vocabulary)
+            table_VK = _deal(counts, num_experts, top_k, random.Random(seed))
         else:
             generator = torch.Generator(device="cpu").manual_seed(seed)
             draw_VE = torch.rand(vocabulary, num_experts, generator=generator, device="cpu")
@@ -116,17 +119,19 @@ def _checked(frequencies: Sequence[float], vocabulary: int) -> list[float]:
     return values
 
 
-def _deal(frequencies: list[float], num_experts: int, top_k: int) -> Tensor:
+def _deal(frequencies: list[float], num_experts: int, top_k: int, draw: random.Random) -> Tensor:
     """Gives each id, most frequent first, to the ``top_k`` experts with the least load so far. -> [V, K]
 
-    An id that was never seen counts like the rarest one that was, so that such ids spread too.
+    An id that was never seen counts like the rarest one that was, so that such ids spread too. Ties are drawn, so that
+    ids do not share the same sets of experts.
     """
     rarest = min((value for value in frequencies if value > 0), default=1.0)
-    least_loaded = [(0.0, expert) for expert in range(num_experts)]
+    least_loaded = [(0.0, draw.random(), expert) for expert in range(num_experts)]
+    heapq.heapify(least_loaded)
     table = torch.empty(len(frequencies), top_k, dtype=torch.int64, device="cpu")
     for token_id in sorted(range(len(frequencies)), key=lambda i: -frequencies[i]):
         taken = [heapq.heappop(least_loaded) for _ in range(top_k)]
-        table[token_id] = torch.tensor([expert for _, expert in taken])
-        for load, expert in taken:
-            heapq.heappush(least_loaded, (load + (frequencies[token_id] or rarest), expert))
+        table[token_id] = torch.tensor([expert for _, _, expert in taken])
+        for load, _, expert in taken:
+            heapq.heappush(least_loaded, (load + (frequencies[token_id] or rarest), draw.random(), expert))
     return table

@@ -59,7 +59,7 @@ def test_the_random_table_spreads_ids_evenly():
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_the_balanced_table_against_a_slow_deal(data):
+def test_the_balanced_table_is_dealt_to_the_least_loaded(data):
     experts = data.draw(st.integers(1, 5))
     top_k = data.draw(st.integers(1, experts))
     frequencies = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=25))
@@ -67,12 +67,13 @@ def test_the_balanced_table_against_a_slow_deal(data):
         num_experts=experts, top_k=top_k, vocabulary=len(frequencies), kind="balanced", frequencies=frequencies
     )
     rarest = min([f for f in frequencies if f] or [1])
-    load, expected = [0] * experts, {}
+    load, table = [0] * experts, router.table_VK.tolist()
     for token_id in sorted(range(len(frequencies)), key=lambda i: (-frequencies[i], i)):
-        expected[token_id] = sorted(range(experts), key=lambda e: (load[e], e))[:top_k]
-        for expert in expected[token_id]:
+        chosen = table[token_id]
+        assert len(set(chosen)) == top_k
+        assert sorted(load[e] for e in chosen) == sorted(load)[:top_k]
+        for expert in chosen:
             load[expert] += frequencies[token_id] or rarest
-    assert {i: row for i, row in enumerate(router.table_VK.tolist())} == expected
     # a greedy deal leaves no two experts further apart than the most frequent id
     assert max(load) - min(load) <= max([*frequencies, rarest])
 
@@ -87,6 +88,14 @@ def test_balanced_is_more_even_than_random_on_the_corpus_it_was_made_for():
         load[kind] = torch.zeros(experts, dtype=torch.float64).index_add(0, router.table_VK[:, 0], weight)
     assert max_violation(load["balanced"]) < 1e-3 < 0.02 < max_violation(load["random"])
     assert load_entropy(load["balanced"]) > 1 - 1e-6
+
+
+def test_without_frequencies_every_expert_gets_as_many_ids():
+    router = create(vocabulary=400, kind="balanced", top_k=2)
+    assert router.table_VK.flatten().bincount().tolist() == [200] * 4
+    assert len({tuple(sorted(row)) for row in router.table_VK.tolist()}) == 6, "all pairs of four occur"
+    assert torch.equal(create(vocabulary=400, kind="balanced", top_k=2).table_VK, router.table_VK)
+    assert not torch.equal(create(vocabulary=400, kind="balanced", top_k=2, seed=1).table_VK, router.table_VK)
 
 
 def test_ids_that_were_never_seen_are_spread_too():
@@ -128,7 +137,6 @@ def test_a_layer_trains_its_experts_by_it():
     ("options", "message"),
     [
         ({"kind": "learned"}, 'kind="learned": choose one of'),
-        ({"kind": "balanced"}, 'kind="balanced" needs frequencies'),
         ({"frequencies": [1.0] * 40}, 'kind="random" takes no frequencies'),
         ({"kind": "balanced", "frequencies": [1.0] * 39}, "frequencies has 39 numbers: expected vocabulary=40"),
         ({"kind": "balanced", "frequencies": [-1.0] + [1.0] * 39}, "frequencies must be finite and at least 0"),
