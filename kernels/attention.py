@@ -11,7 +11,7 @@ the path that writes A out is kept from it:
   of the number takes two columns, of which a query reads the one that is 1 for keys whose bit differs;
 * the last L of S keys' queries (incremental decoding): a causal mask of L x S is made for a few queries at a time.
 
-``apply_reference``, the definition, writes A out.
+``apply_reference``, the definition, writes A out. So does torch in float64 on CUDA, for which it has no fused kernel.
 """
 
 import torch

@@ -6,8 +6,11 @@
 A latent variable a token, "whose decision do I follow", couples the choices that a plain gate takes one by one.
 W_s is the identity, A B^T of a low rank, or full; tau = sqrt(D) unless given. tau -> 0 follows the most similar token
 (oneself, where W_s = 1), tau -> infinity takes the mean over the sequence. S R is attention with values R: it is
-computed as such, and S is never written out. Averages of scores have at least the averaged entropy of those scores:
-what falls is how much a decision moves when tokens move.
+computed as such, and S is never written out; the time grows with L^2 times the larger of E and the width of W_s, so
+a low rank is the cheap one.
+
+The entropy of r~_i is at least the S-weighted mean of the entropies of the r_j: it need not fall. What holds is that
+for a given S no change of scores is amplified: max_i |r~_i - r~'_i|_1 <= max_j |r_j - r'_j|_1.
 
 Source: Nguyen et al., "Improving Routing in Sparse Mixture of Experts with Graph of Tokens", arXiv:2505.00792. Its
 abstract and section titles could be read, not its equations, and no code was published: a reconstruction, in which W_s,

@@ -139,8 +139,8 @@ def _create_gate(
     base: str, base_options: dict[str, Any] | None, dim: int, num_experts: int, top_k: int | None
 ) -> GatedRouter:
     """The base gate by its registered name."""
-    if not _averages(base):
-        works = ", ".join(name for name in list_routers() if _averages(name))
+    if not can_be_base(base):
+        works = ", ".join(name for name in list_routers() if can_be_base(name))
         raise ValueError(
             f'base="{base}" does not decide by scores of its own that could be averaged before it assigns '
             f"(GatedRouter, in three steps): choose one of {works}"
@@ -152,7 +152,7 @@ def _create_gate(
     return create_router(base, **own, **base_options or {})
 
 
-def _averages(name: str) -> bool:
-    """Whether the router is its three steps and nothing beside them."""
+def can_be_base(name: str) -> bool:
+    """Whether the router is its three steps and nothing beside them, so that nothing of it is lost."""
     cls = router_class(name)[0]
     return issubclass(cls, GatedRouter) and cls.forward is GatedRouter.forward

@@ -96,7 +96,7 @@ VARIANTS = {
     "similarity_aware": [
         {"causal": True, "similarity": "lowrank", "rank": 3, "learn_temperature": True, "blend": 0.7},
         {"similarity": "full", "base_options": {"softmax_after": True, "z_weight": 0.1, "balance_weight": 0.1}},
-        {"base": "deepseek_v3", "base_options": {"num_groups": 2, "z_weight": 0.1}, "temperature": 8.0},
+        {"base": "deepseek_v3", "base_options": {"z_weight": 0.1}, "temperature": 8.0},
         {"causal": True, "base": "switch", "similarity": "full"},
         {"num_experts": 1, "top_k": 1, "base_options": {"balance_weight": 0.1}},
     ],

@@ -6,10 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_cases import assert_same, attention_of, dense
+from router_cases import assert_same, attention_of, dense, resized
 
+from gatewright.kernels.attention import AttentionWeights
 from gatewright.moe import ExpertSpec, MoELayer, finish_step
-from gatewright.routers import GatedRouter, Routing, TokenContext, base, create_router, list_routers, register_router
+from gatewright.routers import (
+    GatedRouter,
+    Routing,
+    TokenContext,
+    base,
+    create_router,
+    list_routers,
+    register_router,
+    router_class,
+)
+from gatewright.routers.smoothing import can_be_base
 
 DIM, EXPERTS = 16, 6
 NAMES = ("similarity_aware", "attention_aware")
@@ -132,6 +143,29 @@ def test_a_token_alone_is_decided_as_by_the_base_gate(name, gate):
     assert_same(smooth.as_topk()[0], plain.as_topk()[0], "ids", 0)
     assert_same(smooth.as_topk()[1], plain.as_topk()[1], "weights", 0 if exact else 1e-6)
     assert_same(smooth.losses, plain.losses, "losses", 1e-5)
+
+
+GATES = [name for name in list_routers() if can_be_base(name)]
+
+
+@every_name
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_every_listed_gate_can_be_the_base(name, gate, training):
+    """A token alone is decided as by the gate, by its own example; with others, as the gate's own checks see to."""
+    cls, preset = router_class(gate)
+    options, context = cls.example()
+    size = {option: options[option] for option in ("dim", "num_experts")}
+    rest = {option: value for option, value in options.items() if option not in size | preset}
+    torch.manual_seed(0)
+    router = create_router(name, base=gate, base_options=rest, **size).double().train(training)
+    context = resized(context, 8, 1)
+    context = context.replace(attention=attention_of(context, causal=False))
+    x = torch.randn(8, size["dim"], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    smooth, plain = router(x, context), router.base(x, context)
+    assert_same(dense(smooth), dense(plain), "weights", 1e-9)
+    assert_same(smooth.losses, plain.losses, "losses", 1e-9)
+    assert_same(smooth.stats, plain.stats, "statistics", 1e-9)
 
 
 @every_name
@@ -344,3 +378,26 @@ def test_a_cache_of_other_samples_is_refused(name):
     x, context = batch(2, 1, causal=True)
     with pytest.raises(ValueError, match=rf'context.cache\["{name}.0"\] holds 3 samples, and the batch has 2: select'):
         router(x, context.replace(cache=cache))
+
+
+@every_name
+def test_layers_keep_apart_in_one_cache(name):
+    """Two layers of one model, decoding through the layers: the outputs of one call over all tokens."""
+    spec = ExpertSpec(DIM, 4)
+    layers = [MoELayer(make(name, causal=True), spec, layer=i).double().eval() for i in range(2)]
+    x, context = batch(2, 6, causal=True)
+    x, context, cache = x.view(2, 6, DIM), context.replace(causal=True), {}
+
+    def model(x, context):
+        for layer in layers:
+            x = x + layer(x, context)[0]
+        return x
+
+    whole, attention, parts = model(x, context), context.attention, []
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        q, k, v = attention.q[:, :, start:end], attention.k[:, :, :end], attention.v[:, :, :end]
+        so_far = AttentionWeights(q, k, causal=True, v=v, w_out=attention.w_out)
+        now = TokenContext(batch_size=2, length=end - start, causal=True, attention=so_far, cache=cache)
+        parts.append(model(x[:, start:end], now))
+    assert_same(torch.cat(parts, dim=1), whole, "output", 1e-12)
+    assert cache.keys() == {f"{name}.0", f"{name}.1"}
