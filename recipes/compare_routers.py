@@ -16,9 +16,10 @@ with ``topk``'s, one by one, in one process: steps a second, and the median of t
 Prints a table of mean ± population deviation over the seeds. Whether two routers are told apart is judged by the 95 %
 confidence intervals of their mean losses (Student's t over the seeds): where these overlap, no order is claimed.
 
-The setup: 2 blocks, width 96, 4 heads, windows of 128 bytes; 8 routed experts of hidden width 96 (SwiGLU), 2 a token, in every
-block; AdamW at 5e-3 with 20 steps of warm-up and a cosine to a tenth, decay 0.1, 8 windows a step, gradients clipped at
-1; 512 windows of held-out files. A file is held out by a hash of its name, one in sixteen.
+The setup: 2 blocks, width 96, 4 heads, windows of 128 bytes; in every block 8 routed experts of hidden width 96
+(SwiGLU), 2 a token; AdamW at 5e-3 with 20 steps of warm-up and a cosine to a tenth, decay 0.1, 8 windows a step,
+gradients clipped at 1; 512 windows of held-out files. A file is held out by a hash of its name, one in sixteen; tests
+and tables of encodings are left out.
 
     python recipes/compare_routers.py --jobs 2
     python recipes/compare_routers.py --jobs 2 --resume              what a killed run left is kept
@@ -410,6 +411,16 @@ def what_is_told_apart(losses: Mapping[str, Sequence[float]]) -> str:
     )
 
 
+def own_options(names: Sequence[str]) -> str:
+    """What ``ROUTERS`` and ``LATER`` set, in words."""
+    parts = []
+    for name in names:
+        sets = {**ROUTERS.get(name, {}), **{f"{key} from block 1": value for key, value in LATER.get(name, {}).items()}}
+        if sets:
+            parts.append(f"{name} {', '.join(f'{key}={value!r}' for key, value in sets.items())}")
+    return f"Options beside E = {NUM_EXPERTS} and K = {TOP_K}, where not the defaults: {'; '.join(parts)}."
+
+
 # key: (heading, format)
 COLUMNS = {
     "loss": ("validation loss", ".3f"),
@@ -516,7 +527,9 @@ def compare(args: Any) -> None:
         "summary": summaries, "timing": timings, "told_apart": told_apart,
     }  # fmt: skip
     write_text(args.out / "results.json", json.dumps(content, indent=1) + "\n")
-    print(f"\n{table(summaries, timings)}\n\n{told_apart}\n\nEvery run's numbers: {args.out / 'results.json'}")
+    print(
+        f"\n{table(summaries, timings)}\n\n{told_apart}\n\n{own_options(names)}\n\nEvery run's numbers: {args.out / 'results.json'}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

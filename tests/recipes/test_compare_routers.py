@@ -45,6 +45,7 @@ def test_end_to_end(tiny, capsys):
     said = capsys.readouterr().out
     assert all(f"\n| {name} | " in said for name in ("topk", "hash", DENSE))
     assert "hash, seed 1: loss " in said and "no order is claimed" in said
+    assert "where not the defaults: topk balance_weight=0.01." in said
     for name in ("topk", "hash"):
         run = results["runs"][name][0]
         assert run["experts"] == compare.TOP_K
@@ -200,6 +201,11 @@ def test_the_corpus_is_split_by_file(tmp_path):
     assert corpus.train.tolist()[:300] == [corpus.train[0]] * 300
     with pytest.raises(ValueError, match="holds 0 Python files, .* too little; use a Python that brings the source"):
         compare.read_corpus(tmp_path / "test" / "none")
+
+
+def test_own_options_are_named():
+    said = compare.own_options(["topk", "hash", "moe_plus_plus"])
+    assert said.endswith("defaults: topk balance_weight=0.01; moe_plus_plus residual from block 1=True.")
 
 
 def test_interval_is_student_t():
