@@ -16,14 +16,15 @@ dropped lies towards the end of a group; the second choice of an early token dep
     balance = mean over groups of  E^2 mean_e(m_e P_e)     m_e: share of tokens that chose e, before capacity
     z       = mean_t (logsumexp_e logits_te)^2             balance is K where all is even, z is (ln E)^2
 
-Sources, read: OpenMoE, arXiv:2402.01739, equations 1 and 2; ``XueFuzhao/flaxformer`` architectures/moe/routing.py and
-moe_layers.py (it trained the models); ``Orion-Zheng/ColossalAI`` branch my_openmoe, colossalai/moe/routers.py (the port
-behind the released analyses, which draws W ~ N(0, sqrt(0.1 / D))). The port's Top2Router was run beside this one: it
-keeps the same pairs, with weights and losses equal to 1e-6 in float32. Three things differ here. flaxformer also wants
-the number of groups to be a multiple of the experts' copies, and shrinks the groups until it is; here groups are of
-``group_size`` tokens, the last one of what is left, and the mean over groups counts tokens, which is the same where the
-groups are equal. The models trained with padding taking capacity; here it takes none. ColossalAI's jitter of the logits
-(never used) is left out.
+Source: OpenMoE, arXiv:2402.01739, equations 1 and 2, and both code bases, read: ``XueFuzhao/flaxformer``
+architectures/moe/routing.py and moe_layers.py (it trained the models); ``Orion-Zheng/ColossalAI`` branch my_openmoe,
+colossalai/moe/routers.py (the port behind the released analyses, which draws W ~ N(0, sqrt(0.1 / D))). The port's
+Top2Router was run beside this one: it keeps the same pairs, with weights and losses equal to 1e-6 in float32.
+
+Three things differ here. flaxformer also wants the number of groups to be a multiple of the experts' copies, and
+shrinks the groups until it is; here groups are of ``group_size`` tokens, the last one of what is left, and the mean
+over groups counts tokens, which is the same where the groups are equal. The models trained with padding taking
+capacity; here it takes none. ColossalAI's jitter of the logits (never used) is left out.
 
 What the model around it brings: every block with this layer also has a dense feed-forward, sequential and with a norm
 of its own in the code (x + MoE(norm1 x), then x + FFN(norm2 x)), parallel in the paper's equation 4. A feed-forward
