@@ -154,8 +154,8 @@ def upcycle(
     Args:
         layer: its experts have the feed-forward's width for "copies", an n-th of it for "slices".
         dense: a ``FeedForward``, or the weights of any.
-        how: "copies", or "slices" (E and the router's top_k multiples of n; all on needs neither virtual groups nor
-            anything of the router but equal weights).
+        how: "copies", or "slices" (E and the router's top_k multiples of n). Virtual groups are made in the router's
+            ``weight`` and ``linear_bias``; one without them must give every slice the same weight as it is.
         zero_router: set the router's parameters to 0 ("copies" only): all experts score alike, so that weights that are
             not renormalised have one sum too. Ties choose the same experts for every token until the router has moved.
         noise: each expert gets so many times its own fresh initial weights added, which breaks the equality by as much
@@ -280,8 +280,6 @@ def _parts(layer: MoELayerCode, dense: Dense, weights: FeedForwardWeights, how: 
 
 def _repeat_rows(router: Router, parts: int) -> None:
     """Virtual groups: each of the first E / parts rows of the router, and of its bias, ``parts`` times."""
-    if parts == router.num_experts:
-        return
     for name in ("weight", "linear_bias"):
         value = getattr(router, name, None)
         if isinstance(value, nn.Parameter) and value.shape[:1] == (router.num_experts,):
