@@ -527,9 +527,8 @@ def compare(args: Any) -> None:
         "summary": summaries, "timing": timings, "told_apart": told_apart,
     }  # fmt: skip
     write_text(args.out / "results.json", json.dumps(content, indent=1) + "\n")
-    print(
-        f"\n{table(summaries, timings)}\n\n{told_apart}\n\n{own_options(names)}\n\nEvery run's numbers: {args.out / 'results.json'}"
-    )
+    print(f"\n{table(summaries, timings)}\n\n{told_apart}\n\n{own_options(names)}")
+    print(f"\nEvery run's numbers: {args.out / 'results.json'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
