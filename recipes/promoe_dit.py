@@ -47,6 +47,7 @@ from gatewright.recipes.models import DiT, DiTConfig, create_objective, dit_conf
 from gatewright.recipes.models.dit_config import DENSE
 from gatewright.recipes.monitor import RoutingMonitor
 from gatewright.recipes.picture import save_grid
+from gatewright.routers import router_options
 from gatewright.tools.runs import Run, read_run
 
 PROGRAM = "promoe_dit"
@@ -192,7 +193,11 @@ def make_config(args: argparse.Namespace, data: Data) -> DiTConfig:
     options = _router_options(args.router_option)
     if options:
         overrides["router_options"] = options
-    return dit_config(args.size, args.router, **overrides)
+    config = dit_config(args.size, args.router, **overrides)
+    if args.top_k is not None and "top_k" not in router_options(config.router):
+        options_there = ", ".join(router_options(config.router))
+        raise ValueError(f'--top_k {args.top_k:g}: router "{config.router}" has no such option. It has {options_there}')
+    return config
 
 
 def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:

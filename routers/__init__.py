@@ -14,6 +14,7 @@ from .base import (
     register_preset,
     register_router,
     router_class,
+    router_options,
     router_paper,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "register_preset",
     "register_router",
     "router_class",
+    "router_options",
     "router_paper",
 ]

@@ -574,6 +574,13 @@ def router_class(name: str) -> tuple[type[Router], dict[str, Any]]:
     return _routers[target], options
 
 
+def router_options(name: str) -> dict[str, Any]:
+    """Every option of the router or preset with its default, in order; ``...`` where it must be given."""
+    cls, preset = router_class(name)
+    defaults = {p.name: ... if p.default is p.empty else p.default for p in _option_parameters(cls)}
+    return {option: preset.get(option, default) for option, default in defaults.items()}
+
+
 def create_router(name: str, /, **options: Any) -> Router:
     """``create_router("promoe", dim=384, num_experts=12, top_k=1)``; ``num_experts`` counts the routed ones.
 
@@ -581,13 +588,12 @@ def create_router(name: str, /, **options: Any) -> Router:
         ValueError: an unknown name or option (the message offers the close matches), a missing one, or a bad value.
     """
     cls, preset = router_class(name)
-    parameters = _option_parameters(cls)
-    known = [parameter.name for parameter in parameters]
+    known = router_options(name)
     for option in options:
         if option not in known:
-            raise ValueError(f'router "{name}" has no option "{option}"{_suggest(option, known)}')
+            raise ValueError(f'router "{name}" has no option "{option}"{_suggest(option, list(known))}')
     given = preset | options
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+    missing = [option for option, default in known.items() if default is ... and option not in given]
     if missing:
         raise ValueError(f'router "{name}" needs the option{"s" if len(missing) > 1 else ""} {", ".join(missing)}')
     return cls(**given)

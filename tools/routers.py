@@ -13,7 +13,7 @@ import inspect
 import sys
 from typing import Any
 
-from ..routers import create_router, list_routers, router_class, router_paper
+from ..routers import create_router, list_routers, router_class, router_options, router_paper
 from ..routers.base import Router
 
 HEADER = ("router", "strategy", "paper", "chooses", "causal", "needs", "losses", "state", "evidence")
@@ -91,12 +91,11 @@ def markdown_table() -> str:
 
 
 def _describe(name: str) -> str:
-    facts, (router_type, preset) = RouterFacts.of(name), router_class(name)
+    facts = RouterFacts.of(name)
     lines = [f"{field}: {value.replace('`', '')}" for field, value in dataclasses.asdict(facts).items() if value]
     lines.append("options:")
-    for parameter in list(inspect.signature(router_type.__init__).parameters.values())[1:]:
-        default = preset.get(parameter.name, parameter.default)
-        lines.append(f"  {parameter.name}" + ("" if default is parameter.empty else f" = {default!r}"))
+    for option, default in router_options(name).items():
+        lines.append(f"  {option}" + ("" if default is ... else f" = {default!r}"))
     return "\n".join(lines)
 
 

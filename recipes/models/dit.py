@@ -9,7 +9,8 @@
 
 The weights that make the gates, the final shift and scale, and the output start at zero (adaLN-Zero): a new model is
 the identity in every block and answers 0. A router sees the modulated tokens, so time and class are in them, and its
-``TokenContext`` says which samples have no label, the time, the grid of patches, and the key of the noise.
+``TokenContext`` says which samples have no label, the time, the grid of patches, the key of the noise, and, where the
+router asks for it, the attention before.
 
 Sources: DiT, arXiv:2212.09748; ProMoE, arXiv:2510.24711v2, and its released code, whose parameter names the dense
 parts have.
@@ -25,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gatewright.kernels.attention import AttentionWeights
 from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer
-from gatewright.routers import Routing, TokenContext, create_router
+from gatewright.routers import Routing, TokenContext, create_router, router_options
 from gatewright.tools.weights import load_model
 
 from .dit_config import DiTConfig
@@ -80,13 +82,10 @@ class DiT(nn.Module):
             return FeedForward(ExpertSpec(config.dim, config.hidden, ACTIVATION, bias=True))
         spec = ExpertSpec(config.dim, config.expert_hidden, ACTIVATION, bias=True)
         torch.manual_seed(named_seed(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
-        router = create_router(
-            config.router,
-            dim=config.dim,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            **config.router_options,
-        )
+        sizes = {"dim": config.dim, "num_experts": config.num_experts, "top_k": config.top_k}
+        if "top_k" not in router_options(config.router):
+            del sizes["top_k"]
+        router = create_router(config.router, **sizes, **config.router_options)
         shared = FeedForward(spec) if config.shared_expert else None
         return layer_factory(router, spec, shared=shared, parallel=parallel, seed=seed, layer=index)
 
@@ -178,8 +177,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, context: TokenContext) -> tuple[Tensor, Routing | None]:
         """x [B, L, D], c [B, D] -> x of the same shape, and the decision where there is one."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1))
+        attended, weights = self.attn(modulate(self.norm1(x), shift_1, scale_1))
+        x = x + gate_1 * attended
         h = modulate(self.norm2(x), shift_2, scale_2)
+        if self.routes and "attention" in self.mlp.router.requires:
+            context = context.replace(attention=weights)
         y, routing = self.mlp(h, context) if self.routes else (self.mlp(h), None)
         return x + gate_2 * y, routing
 
@@ -193,12 +195,13 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(config.dim // config.heads) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]"""
+    def forward(self, x: Tensor) -> tuple[Tensor, AttentionWeights]:
+        """[B, L, D] -> [B, L, D], and the weights for a router that asks for them."""
         batch, length, dim = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(y.transpose(1, 2).reshape(batch, length, dim))
+        q, k = self.q_norm(q), self.k_norm(k)
+        y = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, dim))
+        return y, AttentionWeights(q, k, causal=False, v=v, w_out=self.proj.weight)
 
 
 class PatchEmbedder(nn.Module):

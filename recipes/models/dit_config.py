@@ -58,7 +58,7 @@ class DiTConfig:
         router: a router's name, or "dense".
         router_options: besides dim, num_experts and top_k.
         num_experts: routed experts of a layer. 0 where dense, as the three below.
-        top_k: experts a token (on average, for some routers).
+        top_k: experts a token (on average, for some routers); not for routers that have no such option.
         expert_hidden: hidden width of an expert, the shared one included.
         shared_expert: whether one more expert runs on every token.
         moe_every: 2 = in blocks 1, 3, 5, ...; 1 = in all.

@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 def test_router_of_choice_and_dense(tmp_path):
     """Every router of the recipe trains and draws through the same program."""
-    for router in ("dense", "topk", "expert_choice", "diffmoe", "race"):
+    for router in ("dense", "topk", "expert_choice", "diffmoe", "race", "soft_moe", "attention_aware"):
         done = run(
             "--router",
             router,
@@ -186,6 +186,7 @@ def test_router_of_choice_and_dense(tmp_path):
         (["--size", "tinny"], "tiny"),
         (["--data", "mnist5"], "mnist5k"),
         (["--objective", "flaw"], "flow"),
+        (["--router", "soft_moe", "--top_k", "2"], "It has dim, num_experts, slots"),
         (["--router_option", "temprature=0.1"], "temperature"),
         (["--router_option", "temperature"], "NAME=VALUE"),
         (["--steps", "0"], "positive"),

@@ -17,6 +17,7 @@ from gatewright.routers import (
     register_preset,
     register_router,
     router_class,
+    router_options,
     router_paper,
 )
 
@@ -47,6 +48,13 @@ def test_options_are_kept_with_their_defaults():
     router = create_router("promoe", dim=8, num_experts=4)
     assert router.options["temperature"] == 0.07 and router.options["num_experts"] == 4
     assert router.name == "promoe" and router.expert_kinds == ("routed",) * 4 + ("local",) and router.bank_size == 5
+
+
+def test_options_of_a_name():
+    options = router_options("switch")
+    assert list(options)[:3] == ["dim", "num_experts", "top_k"]
+    assert options["dim"] is ... and options["top_k"] == 1 and options["bias_rate"] == 0
+    assert router_options("topk")["top_k"] == 2
 
 
 def test_presets_are_options_of_another():

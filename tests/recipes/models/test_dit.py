@@ -48,6 +48,41 @@ def test_gradient_reaches_every_parameter(router, objective):
     finish_step(model)
 
 
+OTHERS = {
+    "soft_moe": {"router_options": {"slots": 4}},
+    "attention_aware": {"top_k": 2, "router_options": {"combine": "posterior"}},
+    "similarity_aware": {"top_k": 2, "router_options": {"similarity": "lowrank", "rank": 4}},
+    "segment": {"router_options": {"segment_size": 4}},
+    "union": {"top_k": 2, "router_options": {"gate": "ste"}},
+    "sparsemixer": {"top_k": 2, "router_options": {"jitter": 1.0}},
+    "moe_plus_plus": {"top_k": 2},
+    "longcat": {"top_k": 2},
+    "base": {},
+}
+
+
+@pytest.mark.parametrize("router", OTHERS)
+def test_the_model_gives_other_routers_what_they_need(router):
+    config = tiny(router, **OTHERS[router])
+    model, objective = opened(DiT(config)).train(), create_objective("flow", config)
+    result = objective.loss(model, *batch(config, 12))
+    result.total.backward()
+    assert len(result.routings) == len(config.moe_blocks)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    learned = [n for n, p in model.named_parameters() if ".router." in n and p.grad is not None and p.grad.any()]
+    assert learned, "no router has a gradient"
+    finish_step(model)
+    with torch.no_grad():
+        objective.loss(model.eval(), *batch(config, 3))
+
+
+def test_a_router_that_wants_what_images_have_not():
+    config = tiny("hash", router_options={"vocabulary": 8})
+    with pytest.raises(ValueError, match='router "hash" needs context.token_ids, which is missing'):
+        create_objective("flow", config).loss(DiT(config), *batch(config, 3))
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_learns(router):
     config = tiny(router)
