@@ -83,7 +83,7 @@ def split_feed_forward(dense: Dense, num_experts: int) -> FeedForwardWeights:
     """Cuts a feed-forward into experts of equal width whose outputs add up to its output.
 
     b_out is divided by their number; the last expert has what rounding leaves, so that ``merge_experts`` gives the same
-    bits again.
+    bits again. To keep it whole beside the experts, cut weights without it: ``weights._replace(b_out=None)``.
 
     Args:
         dense: [H, D] and [D, H]; see ``FeedForwardWeights``.

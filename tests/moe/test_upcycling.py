@@ -103,6 +103,12 @@ def test_each_expert_has_its_hidden_units_and_a_share_of_the_bias():
         assert torch.equal(stacked.w_out[e], dense.down.weight[:, units])
         torch.testing.assert_close(stacked.b_out[e], dense.down.bias / 3, rtol=1e-14, atol=0)
 
+    beside = FeedForwardWeights(dense.up.weight, dense.down.weight, dense.up.bias, dense.down.bias)._replace(b_out=None)
+    bank = GroupedExperts(ExpertSpec(D, 4, bias=True), range(3)).double()
+    nn.init.normal_(bank.w3)
+    split_feed_forward(beside, 3).copy_to(bank)
+    assert (bank.b_out == 0).all() and torch.equal(bank.b_in, stacked.b_in)
+
 
 COPIES = {
     "renormalised": {"top_k": 2, "renormalise": True},
