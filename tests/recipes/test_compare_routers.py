@@ -175,6 +175,20 @@ def test_every_causal_router_is_in_it_and_the_others_say_why():
     assert {*compare.ROUTERS, *compare.LATER} <= set(names)
 
 
+@pytest.mark.parametrize("name", compare.chosen_routers(None)[0])
+def test_none_of_them_looks_ahead(name):
+    """In training, with the options of the comparison: a loss that knew the next byte would be compared with honest
+    ones."""
+    model = ByteLM(compare.model_config(name)).double()
+    with torch.no_grad():
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(256, (1, 24), generator=torch.Generator().manual_seed(0))
+        other = torch.cat([ids[:, :12], (ids[:, 12:] + 100) % 256], dim=1)
+        a, b = (model(x, sample_id=torch.arange(1), seed=0, step=0)[0] for x in (ids, other))
+    torch.testing.assert_close(a[:, :12], b[:, :12], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(a[:, 12:], b[:, 12:])
+
+
 def test_every_run_sees_the_same_bytes_and_starts_the_same(tiny):
     first, again = (tiny.corpus.windows(seed=1, step=2) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (compare.BATCH, 33)
