@@ -69,7 +69,7 @@ class CosineRouter(GatedRouter):
         self.top_k, self.renormalise, self.balance_weight = top_k, renormalise, balance_weight
         self.projection = nn.Linear(dim, projection_dim)
         self.directions = nn.Parameter(torch.empty(num_experts, projection_dim).normal_(0, init_std))
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)]))
 
     @property
     def without_gradient(self) -> tuple[str, ...]:

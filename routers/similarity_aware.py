@@ -88,7 +88,7 @@ class SimilarityAwareRouter(SmoothedRouter):
             self.w_query = nn.Parameter(torch.empty(dim, rank).normal_(0, rank**-0.5))
             self.w_key = nn.Parameter(self.w_query.detach().clone())
         self.temperature = temperature
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learn_temperature else None
 
     def average(self, x_TD: Tensor, scores_BLE: Tensor, context: TokenContext) -> Tensor:
         u_TD = F.rms_norm(x_TD.to(scores_BLE.dtype), x_TD.shape[1:])

@@ -49,7 +49,7 @@ class SoftMoERouter(Router):
             )
         self.slots, self.normalise = slots, normalise
         self.mu = nn.Parameter(torch.empty(num_experts * slots, dim).normal_(0, dim**-0.5))
-        self.scale = nn.Parameter(torch.ones(())) if normalise else None
+        self.scale = nn.Parameter(torch.ones(1)) if normalise else None
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         dtype = router_dtype(x_TD)

@@ -118,6 +118,13 @@ class DeepSpeedMoELayer(MoELayerCode, AutoEPMoELayer):
             raise ValueError(
                 "inside deepspeed.zero.Init experts are split over the wrong ranks: build the model outside"
             )
+        without_dimension = [name for name, parameter in self.named_parameters() if parameter.dim() == 0]
+        if without_dimension:
+            # it broadcasts every parameter by a view of its bytes
+            raise ValueError(
+                f"parameters {', '.join(without_dimension)} are numbers without a dimension, which DeepSpeed's engine "
+                "cannot broadcast: make each a vector of one, torch.ones(1)"
+            )
         self._describe_to_engine()
 
     def _describe_to_engine(self) -> None:

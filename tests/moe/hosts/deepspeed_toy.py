@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gatewright.kernels.attention import AttentionWeights
 from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer, finish_step
 from gatewright.moe.parallel import clip_gradients, grad_norm
 from gatewright.routers import TokenContext, create_router
@@ -28,6 +29,21 @@ ROUTERS = {
     "expert_choice": {},
     "diffmoe": {"init_std": 0.5},
     "race": {},
+    "aoe": {"rank": 4},
+    "attention_aware": {"top_k": 2},
+    "base": {},
+    "cosine": {"top_k": 2, "projection_dim": 8},
+    "densemixer": {"top_k": 2},
+    "hash": {"vocabulary": 8, "top_k": 2},
+    "longcat": {"top_k": 2},
+    "moe_plus_plus": {"top_k": 2},
+    "noisy_topk": {"top_k": 2},
+    "remoe": {"top_k": 2},
+    "segment": {"segment_size": 4},
+    "similarity_aware": {"top_k": 2, "base_options": {"bias_rate": 0.01}, "learn_temperature": True},
+    "soft_moe": {"slots": 2},
+    "sparsemixer": {"jitter": 1.0},
+    "union": {"gate": "ste"},
 }
 
 
@@ -40,10 +56,10 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
         self.moe = moe
 
-    def forward(self, x: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
         q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        y, routing = self.moe(self.norm2(x), TokenContext.for_tokens(x, null_mask=null))
+        y, routing = self.moe(self.norm2(x), context.replace(attention=AttentionWeights(q, k, causal=False)))
         return x + y, routing.loss
 
 
@@ -79,12 +95,17 @@ class Toy(nn.Module):
     def forward(self, x: Tensor, null: Tensor) -> Tensor:
         """The loss of giving back x; what a batch is worth depends on ``null`` through the router alone."""
         hidden = self.embed(x) + self.position
+        # whatever a router may ask for follows from x, so that every layout sees the same
+        numbers = (x.detach().float() * 64).long()
+        context = TokenContext.for_tokens(
+            x, null_mask=null, token_ids=numbers[..., 0] % 8, seed=0, step=0, sample_id=numbers.flatten(1).sum(1)
+        )
         total = 0.0
         for block in self.blocks:
             if self.recompute:
-                hidden, loss = checkpoint(block, hidden, null, use_reentrant=False)
+                hidden, loss = checkpoint(block, hidden, context, use_reentrant=False)
             else:
-                hidden, loss = block(hidden, null)
+                hidden, loss = block(hidden, context)
             total = total + loss
         return F.mse_loss(self.head(hidden), x) + 0.1 * total
 

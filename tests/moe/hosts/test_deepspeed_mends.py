@@ -153,6 +153,9 @@ def check_layouts():
     layer = DeepSpeedMoELayer(create_router("topk", dim=4, num_experts=2), ExpertSpec(4, 4), parallel=layout)
     expect("direct", lambda: layer.set_deepspeed_parallelism(True))
     expect("folding", lambda: layer.set_deepspeed_parallelism(False, folding_group_handles=object()))
+    router = create_router("topk", dim=4, num_experts=2)
+    router.scale_of_logits = torch.nn.Parameter(torch.ones(()))
+    expect("scalar", lambda: DeepSpeedMoELayer(router, ExpertSpec(4, 4), parallel=layout))
     layer.parallel = ExpertParallel(size=2, rank=layer.ep_rank, group=torch.distributed.new_group([0]))
     if torch.distributed.get_rank() == 0:
         expect("groups", lambda: layer.set_deepspeed_parallelism())
@@ -169,6 +172,7 @@ def test_layouts_that_do_not_fit_are_refused(ranks):
         assert "use_data_before_expert_parallelism" in messages["order"]
         assert "neighbouring ranks" in messages["direct"]
         assert "tensor_parallel" in messages["folding"]
+        assert "router.scale_of_logits" in messages["scalar"] and "torch.ones(1)" in messages["scalar"]
     assert "the layer's group is ranks [0], the engine's [0, 1]" in ranks(2).run(check_layouts)[0]["groups"]
 
 

@@ -43,7 +43,7 @@ def test_every_stage_follows_one_process(ranks, world, ep, stage):
 
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "promoe"])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_every_router_follows_one_process(ranks, router, stage):
+def test_every_kind_of_router_follows_one_process(ranks, router, stage):
     hold_to_plain(ranks(2).run(check_training, router, stage, 2, 0.5), router, 0.5)
 
 
