@@ -8,8 +8,8 @@ far, so that the expected load is even for a corpus with the given frequencies.
 
 Source: Roller et al., "Hash Layers for Large Sparse Models", arXiv:2106.04426. Its released code (``facebookresearch/
 ParlAI`` projects/params_vs_compute/hash_ladder/hash_ladder.py, read) has the random table, for one expert a token. The
-balanced table is reconstructed from second-hand descriptions of the paper's; its code was not released. Several experts a token, all different and
-each of weight 1 / K, are ours: the paper's MultiHash splits the experts' weights instead.
+balanced table is reconstructed from descriptions of the paper's by others; its code was not released. Several experts
+a token, all different and each of weight 1 / K, are ours: the paper's MultiHash splits the experts' weights instead.
 """
 
 import heapq
