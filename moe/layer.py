@@ -179,7 +179,8 @@ class MoELayerCode:
         if local is not None:
             # few rows have a local expert: adding those alone spares two passes over all of them
             out_RD = out_RD.index_add_(0, *local)
-        return sum(parts, out_RD), shared_TD
+        # under autocast the bank answers in less than x's precision: the output's dtype is the bank's whatever the kinds
+        return sum((part.to(out_RD.dtype) for part in parts), out_RD), shared_TD
 
     def _place(self, expert: Tensor, kind: str) -> Tensor:
         """Each id's place among those of its kind; -1 for every other, and for no assignment."""

@@ -44,8 +44,8 @@ def _probes(subject: Subject) -> list[Probe]:
 
 @check
 def declarations(subject: Subject) -> None:
-    """What the class says of itself is valid: evidence, selection, the fields it requires, one kind for each of
-    bank_size expert ids, reductions for every statistic, buffers named in state_names, losses in loss_names."""
+    """What the router says of itself is valid: evidence, selection, the fields it requires, one kind for each of
+    bank_size expert ids, reductions for every statistic, losses in loss_names; every parameter has a dimension."""
     cls, where = subject.cls, "the class, training and evaluation"
 
     def wrong(what: str, got: object, allowed: object, advice: str) -> Violation:
@@ -73,14 +73,19 @@ def declarations(subject: Subject) -> None:
                 advice="give Router.__init__ num_experts and, where there are other kinds, expert_kinds; set bank_size "
                 "nowhere else",
             )
+        if scalars := [name for name, parameter in router.named_parameters() if not parameter.dim()]:
+            raise Violation(
+                on=where,
+                expected="parameters of at least one dimension: DeepSpeed's engine cannot broadcast others",
+                got=f"{', '.join(scalars)} of shape []",
+                advice="make it a vector of one: nn.Parameter(torch.ones(1))",
+            )
         if bad := {name: how for name, how in router.reductions.items() if how not in REDUCTIONS}:
             raise wrong("reductions each one of", bad, REDUCTIONS, "correct `reductions`")
         for probe in _probes(subject):
             routing = run(router, probe)
-            if undeclared := sorted(set(routing.losses) - set(cls.loss_names)):
-                raise wrong(
-                    "every loss named in loss_names,", undeclared, cls.loss_names, "add it to the class's `loss_names`"
-                )
+            if undeclared := sorted(set(routing.losses) - set(router.loss_names)):
+                raise wrong("every loss named in loss_names,", undeclared, router.loss_names, "add it to `loss_names`")
             if undeclared := sorted(set(routing.stats) - set(router.reductions)):
                 raise wrong(
                     "a reduction for every statistic, declared",

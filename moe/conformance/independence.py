@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...routers.base import Router
+from ..layer import MoELayer
 from .observe import difference, everything, gradients, per_token, whole
 from .probe import Probe
 from .registry import Violation, check
@@ -187,11 +189,20 @@ def padding_is_absent(subject: Subject) -> None:
             if found:
                 raise wrong(f"gradient of {found}")
             layer = subject.layer(router).double()
-            with torch.no_grad():
-                y, _ = layer(padded.x, padded.context)
-                found = difference({"output": y[real]}, {"output": layer(short.x, short.context)[0]}, 1e-10)
+            y, seen = _through_a_layer(layer, padded, real)
+            found = difference(seen, _through_a_layer(layer, short, short.real_T)[1], 1e-10)
             if found or (y[~real] != 0).any():
-                raise wrong(f"in the layer's {found or 'output something at padded tokens'}")
+                raise wrong(f"in a layer {found or 'an output at padded tokens'}")
+
+
+def _through_a_layer(layer: MoELayer, probe: Probe, real_T: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The layer's output, and what it is of the real tokens, with the gradient of every parameter."""
+    layer.zero_grad()
+    y, routing = layer(probe.x, probe.context)
+    (y[real_T].square().sum() + routing.loss).backward()
+    grads = {f"gradient of {name}": p.grad for name, p in layer.named_parameters()}
+    seen = {"output": y.detach()[real_T]} | grads
+    return y.detach(), {name: None if value is None else value.clone() for name, value in seen.items()}
 
 
 @check

@@ -199,8 +199,8 @@ def _look(subject: Subject, options: dict[str, Any]) -> _Seen | None:
     initial = {name: value.detach().clone() for name, value in router.state_dict().items()}
     built = said, initial
     behaviour: list[dict[str, Any]] = []
-    if options.get("dim", subject.dim) != subject.dim or router.bank_size != subject.bank_size:
-        # another width or bank cannot be shown the same tokens: what is built must tell
+    if options.get("dim", subject.dim) != subject.dim:
+        # another width cannot be shown the same tokens: what is built must tell
         return _Seen(built, behaviour)
     draw_parameters(router)
     subject = subject.around(router)

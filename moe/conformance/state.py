@@ -70,12 +70,12 @@ def state_moves_by_update(subject: Subject) -> None:
             got=f"{', '.join(sorted(moved))} moved",
             advice="move state in update(stats)",
         )
-    names = set(subject.cls.state_names)
+    names = set(router.state_names)
     undeclared = sorted(name for name in moved if not {name, name.rsplit(".", 1)[-1]} & names)
     if undeclared:
         raise Violation(
             on=where,
-            expected=f"the moved buffers in state_names={subject.cls.state_names}",
+            expected=f"the moved buffers in state_names={router.state_names}",
             got=", ".join(undeclared),
             advice="name them in `state_names`",
         )

@@ -59,7 +59,7 @@ class Scaled(Plain):
 
     def __init__(self, *, dim: int, num_experts: int, top_k: int = 2) -> None:
         super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
-        self.temperature = nn.Parameter(torch.ones(()))
+        self.temperature = nn.Parameter(torch.ones(1))
 
     def logits(self, x, context):
         return super().logits(x, context) * self.temperature.to(x.dtype)
@@ -68,6 +68,12 @@ class Scaled(Plain):
 class ParameterCut(Scaled):
     def logits(self, x, context):
         return Plain.logits(self, x, context) * self.temperature.detach().to(x.dtype)
+
+
+class ScalarParameter(Scaled):
+    def __init__(self, *, dim: int, num_experts: int, top_k: int = 2) -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
+        self.temperature = nn.Parameter(torch.ones(()))
 
 
 class NormalisedLogits(Plain):
@@ -503,6 +509,7 @@ FAULTS = [
     Fault(CountsFromOne, Plain, "decision_is_well_formed", "expert ids of 0 to 3, or -1 for none"),
     Fault(SameExpertTwice, Plain, "decision_is_well_formed", "twice"),
     Fault(UnnamedLoss, Plain, "declarations", "['balance']"),
+    Fault(ScalarParameter, Scaled, "declarations", "temperature of shape []"),
     Fault(InPlace, Plain, "forward_is_pure", "changed in place"),
     Fault(InPlace, Plain, "layer_is_its_definition", "by its definition"),
     Fault(MovesInForward, Biased, "recomputation_changes_nothing", "router.bias"),

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from made_up_router import KINDS, Counting, MadeUpRouter, token_by_token
-from router_cases import CASES, LISTED, assert_same, resized
+from router_cases import LISTED, assert_same, resized
 from torch import nn
 
 from gatewright.moe import ExpertSpec, FeedForward, MoELayer, finish_step, moe_layers
@@ -133,37 +133,6 @@ def test_padding_may_hold_anything_and_gives_zero(backend, layout):
     if layout != "slots":
         alone = layer(x[2:, :4])[0]
         assert_same(y[2:, :4], alone, "output of the padded sample", 1e-12)
-
-
-@pytest.mark.parametrize("case", CASES, ids=repr)
-def test_every_router_in_a_layer(case):
-    """Padding as if it were not there, every gradient present, a padded step's statistics those of the unpadded one."""
-    spec = ExpertSpec(case.width, 8, bias=True)
-    layer = MoELayer(case.create(dtype=torch.float64), spec, shared=FeedForward(spec)).double()
-    short = resized(case.context, 3, 5)
-    mask = torch.zeros(3, 9, dtype=torch.bool)
-    mask[:, :5] = True
-    long = resized(case.context, 3, 9, padding_mask=mask)
-    x = case.tokens(short, dtype=torch.float64).view(3, 5, -1)
-    padded = torch.full((3, 9, case.width), torch.nan, dtype=torch.float64)
-    padded[:, :5] = x
-
-    def step(x, context, real):
-        layer.zero_grad()
-        y, routing = layer(x, context)
-        (y[real].square().sum() + routing.loss).backward()
-        return y[real], {n: p.grad for n, p in layer.named_parameters()}
-
-    expected, expected_grads = step(x, short, torch.ones(3, 5, dtype=torch.bool))
-    statistics = {name: value for name, (value, _) in layer._accumulated.items()}
-    finish_step(layer)
-    actual, grads = step(padded, long, mask)
-    assert_same(actual, expected, "output", 1e-12)
-    assert_same({name: value for name, (value, _) in layer._accumulated.items()}, statistics, "statistics", 1e-12)
-    for name, grad in grads.items():
-        if not name.startswith("router.head"):
-            assert grad is not None and grad.isfinite().all(), name
-            assert_same(grad, expected_grads[name], f"gradient of {name}", 1e-10)
 
 
 def test_shared_is_called_with_the_context():
