@@ -179,7 +179,7 @@ class MoELayerCode:
         if local is not None:
             # few rows have a local expert: adding those alone spares two passes over all of them
             out_RD = out_RD.index_add_(0, *local)
-        # under autocast the bank answers in less than x's precision: the output's dtype is the bank's whatever the kinds
+        # under autocast the bank answers in less than x's precision, and the output has its dtype whatever the kinds
         return sum((part.to(out_RD.dtype) for part in parts), out_RD), shared_TD
 
     def _place(self, expert: Tensor, kind: str) -> Tensor:
