@@ -64,15 +64,7 @@ class Subject:
         self._create = _creator(factory, dict(options or {}))
         try:
             router = self.fresh()
-        except (
-            ImportError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:
             raise ValueError(f"no router could be made: {type(error).__name__}: {error}") from error
         self.cls, self.options = type(router), dict(getattr(router, "options", {}))
         self.name = router.name or self.cls.__name__

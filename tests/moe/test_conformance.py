@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_routers import FAULTS, Plain, UnseededNoise
+from broken_routers import FAULTS, ByToken, Plain, UnseededNoise
 
 from gatewright.moe.conformance import CHECKS, ConformanceError, TwoRanks, check_router
-from gatewright.routers import Router, Routing
+from gatewright.routers import Router, Routing, TokenContext
 from gatewright.tools.cli import main
 
 SLOW = ("compiled", "two_ranks")
@@ -69,6 +69,34 @@ def test_what_makes_a_router():
     with pytest.raises(ValueError, match='unknown check "dtype": did you mean dtypes'):
         check_router(Plain, only=["dtype"])
     check_router(lambda: NoWidth(), dim=5, only=["decision_is_well_formed", "requires_is_true"])
+
+
+def test_a_context_and_variants_of_the_users_own():
+    """What the example does not show: other fields and shapes, and options that only go together."""
+    without = TokenContext(batch_size=3, length=4)
+    report = check_router(ByToken, context=without, only=["decision_is_well_formed", "requires_is_true"])
+    assert report.passed  # what is required is given all the same
+
+    def note(**more):
+        return check_router(Paired, only=["options_are_used"], **more)["options_are_used"].notes
+
+    assert any("option rule='none'" in line and "variants=" in line for line in note())
+    assert note(variants=[{"rule": "scaled", "factor": 3.0}]) == ()
+
+
+class Paired(Plain):
+    """A factor that one rule needs and the other does not take."""
+
+    def __init__(
+        self, *, dim: int, num_experts: int, top_k: int = 2, rule: str = "none", factor: float | None = None
+    ) -> None:
+        super().__init__(dim=dim, num_experts=num_experts, top_k=top_k)
+        if (rule == "scaled") != (factor is not None) or rule not in ("none", "scaled"):
+            raise ValueError(f"rule={rule} with factor={factor}")
+        self.factor = factor
+
+    def logits(self, x, context):
+        return super().logits(x, context) * (1.0 if self.factor is None else self.factor)
 
 
 class NoWidth(Router):
