@@ -29,7 +29,7 @@ from ..kernels.grouped_gemm import grouped_gemm
 from ..kernels.permute import sort_by_expert
 from .base import Router, Routing, TokenContext, count_experts, register_router, router_dtype
 from .losses import balance_loss
-from .selection import check_top_k
+from .selection import check_not_negative, check_top_k
 
 
 @register_router("aoe")
@@ -66,6 +66,7 @@ class AoERouter(Router):
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
+        check_not_negative(balance_weight=balance_weight, init_std=init_std)
         rank = max(1, dim // 4) if rank is None else rank
         if not 1 <= rank <= dim:
             raise ValueError(f"rank={rank} of tokens of width {dim}: choose 1 to {dim}, or None for a quarter of it")

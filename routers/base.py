@@ -18,7 +18,10 @@ import importlib
 import importlib.metadata
 import inspect
 import math
+import numbers
 import pkgutil
+import types
+import typing
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
@@ -389,6 +392,7 @@ class Router(nn.Module):
             bound = inspect.signature(cls.__init__).bind(None, **kwargs)
             bound.apply_defaults()
             router.__dict__["options"] = dict(list(bound.arguments.items())[1:])
+            _check_types(cls, router.__dict__["options"])
         return router
 
     def __init__(self, *, num_experts: int, expert_kinds: tuple[str, ...] | None = None) -> None:
@@ -433,7 +437,13 @@ class Router(nn.Module):
             # padding may hold anything, and 0 * NaN in a backward would reach every parameter
             x = x.masked_fill(~context.real_T[:, None], 0)
         with torch.autocast(x.device.type, enabled=False):
-            return super().__call__(x, context)
+            routing = super().__call__(x, context)
+        if not isinstance(routing, Routing):
+            raise ValueError(
+                f'router "{self.name or type(self).__name__}" returned {type(routing).__name__}: forward must return a '
+                "Routing, from Routing.from_topk(index, weight, ...) or Routing.from_mask(mask, weight, ...)"
+            )
+        return routing
 
     def _has_causal_option(self) -> bool:
         return getattr(self, "options", {}).get("causal") is False
@@ -601,6 +611,42 @@ def create_router(name: str, /, **options: Any) -> Router:
 
 def _option_parameters(cls: type[Router]) -> list[inspect.Parameter]:
     return list(inspect.signature(cls.__init__).parameters.values())[1:]
+
+
+# an annotation, what it asks for, and what is that; True is no number, although Python has it as 1
+_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool)),
+    str: ("a text", lambda value: isinstance(value, str)),
+    dict: ("a dict", lambda value: isinstance(value, dict)),
+    type(None): ("None", lambda value: value is None),
+}
+
+
+def _check_types(cls: type[Router], options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that is not what the constructor's annotation says, or a width ``dim`` below 1.
+    Annotations of other types than ``_TYPES`` are the class's own matter."""
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # annotations that only a type checker understands
+        return
+    for name, value in options.items():
+        kinds = _kinds(hints.get(name, Any))
+        if all(kind in _TYPES for kind in kinds) and not any(_TYPES[kind][1](value) for kind in kinds):
+            raise ValueError(f"{name}={value!r}: choose {' or '.join(_TYPES[kind][0] for kind in kinds)}")
+        if name == "dim" and isinstance(value, int) and value < 1:
+            raise ValueError(f"dim={value}: choose at least 1, the width of the tokens")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that an annotation allows."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in typing.get_args(hint) for kind in _kinds(part)]
+    if origin is typing.Literal:
+        return list(dict.fromkeys(type(value) for value in typing.get_args(hint)))
+    return [origin or hint]
 
 
 def _suggest(given: str, known: list[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels.cosine import cosine
 from .base import GatedRouter, Routing, TokenContext, apply_linear, count_experts, register_router, router_dtype
 from .losses import balance_loss
-from .selection import check_top_k, drop_padding
+from .selection import check_not_negative, check_top_k, drop_padding
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -60,6 +60,7 @@ class CosineRouter(GatedRouter):
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
+        check_not_negative(balance_weight=balance_weight, init_std=init_std)
         if projection_dim < 1:
             raise ValueError(f"projection_dim={projection_dim}: choose at least 1")
         if not math.exp(-MAX_LOG_SCALE) <= temperature < math.inf:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .base import GatedRouter, Routing, TokenContext, register_router, router_dtype
 from .losses import balance_loss
-from .selection import check_top_k, drop_padding
+from .selection import check_not_negative, check_top_k, drop_padding
 
 
 @register_router("densemixer")
@@ -58,6 +58,7 @@ class DenseMixerRouter(GatedRouter):
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
+        check_not_negative(balance_weight=balance_weight, init_std=init_std)
         self.top_k, self.renormalise, self.balance_weight = top_k, renormalise, balance_weight
         self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, register_router, router_dtype
-from .selection import experts_take, tokens_per_expert
+from .selection import check_not_negative, experts_take, tokens_per_expert
 
 
 @register_router("expert_choice")
@@ -48,6 +48,7 @@ class ExpertChoiceRouter(Router):
             ValueError: an option outside its range.
         """
         super().__init__(num_experts=num_experts)
+        check_not_negative(init_std=init_std)
         if not 0 < top_k <= num_experts:
             raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
         if pool not in ("sample", "batch"):

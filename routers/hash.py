@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .base import Router, Routing, TokenContext, register_router, router_dtype
-from .selection import check_top_k, drop_padding
+from .selection import check_top_k, drop_padding, known_ids
 
 KINDS = ("random", "balanced")
 
@@ -87,12 +87,8 @@ class HashRouter(Router):
             RuntimeError: a real token's id is not 0 to V - 1. On a GPU it comes with the next wait for the device, so
                 that nothing waits here.
         """
-        id_T, real_T = context.token_ids.flatten(), context.real_T
-        if real_T is not None:
-            id_T = id_T.masked_fill(~real_T, 0)
-        known = ((id_T >= 0) & (id_T < self.vocabulary)).all()
-        allowed = f"0 to {self.vocabulary - 1}, from vocabulary={self.vocabulary}"
-        torch._assert_async(known, f"context.token_ids holds an id out of range: expected {allowed}")
+        real_T = context.real_T
+        id_T = known_ids(context.token_ids, self.vocabulary, real_T, "context.token_ids", "vocabulary")
         index_TK = self.table_VK[id_T]
         weight_TK = torch.full(index_TK.shape, 1 / self.top_k, dtype=router_dtype(x_TD), device=x_TD.device)
         scores_TE = weight_TK.new_zeros(len(id_T), self.bank_size).scatter(1, index_TK, weight_TK)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import GatedRouter, Routing, TokenContext, count_experts, register_router, router_dtype
-from .selection import check_top_k, drop_padding
+from .selection import check_not_negative, check_top_k, drop_padding
 
 
 @register_router("longcat")
@@ -65,6 +65,7 @@ class LongCatRouter(GatedRouter):
         kinds = ("routed",) * num_experts + ("copy",) * identity_experts
         super().__init__(num_experts=num_experts, expert_kinds=kinds)
         check_top_k(top_k, self.bank_size)
+        check_not_negative(scale=scale, bias_rate=bias_rate, init_std=init_std)
         if real_experts is None:
             real_experts = top_k * num_experts / self.bank_size
         least, most = max(0, top_k - identity_experts), min(top_k, num_experts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Router, Routing, TokenContext, register_router, router_dtype
-from .selection import drop_padding
+from .selection import drop_padding, known_ids
 
 
 @register_router("modality")
@@ -32,9 +32,15 @@ class ModalityRouter(Router):
         super().__init__(num_experts=num_experts)
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        index_T1 = context.modality.flatten()[:, None]
-        # one row of the identity an id, so that an id without an expert is an IndexError
-        scores_TE = torch.eye(self.num_experts, dtype=router_dtype(x_TD), device=x_TD.device)[index_T1[:, 0]]
+        """x [T, D] is not looked at, but for its dtype and device.
+
+        Raises:
+            RuntimeError: a real token's modality is not 0 to E - 1. On a GPU it comes with the next wait for the
+                device, so that nothing waits here.
+        """
+        id_T = known_ids(context.modality, self.num_experts, context.real_T, "context.modality", "num_experts")
+        index_T1 = id_T[:, None]
+        scores_TE = torch.eye(self.num_experts, dtype=router_dtype(x_TD), device=x_TD.device)[id_T]
         index_T1, weight_T1 = drop_padding(index_T1, torch.ones_like(scores_TE[:, :1]), context.real_T)
         return Routing.from_topk(
             index_T1, weight_T1, bank_size=self.bank_size, logits=scores_TE.log(), scores=scores_TE

@@ -21,6 +21,7 @@ x, so its weights need W_1, W_c and what copies return multiplied by K. Its cons
 on ``TokenContext.previous_logits`` = ``Routing.logits`` of the layer before, with its gradient.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, count_experts, register_router, router_dtype
-from .selection import check_drop, check_top_k, drop_padding, keep_within_capacity
+from .selection import check_drop, check_not_negative, check_top_k, drop_padding, keep_within_capacity
 
 
 @register_router("moe_plus_plus")
@@ -84,9 +85,10 @@ class MoEPlusPlusRouter(Router):
         self.num_chosen = len(chosen)
         check_top_k(top_k, self.num_chosen)
         check_drop(capacity_factor, drop_policy)
+        check_not_negative(balance_weight=balance_weight, init_std=init_std)
         if gate not in ("linear", "mlp"):
             raise ValueError(f'gate="{gate}": choose "linear" or "mlp"')
-        if not tau > 0:
+        if not 0 < tau < math.inf:
             raise ValueError(f"tau={tau}: choose above 0")
         self.top_k, self.residual, self.tau, self.balance_weight = top_k, residual, tau, balance_weight
         self.constant_experts, self.first_zero = constant_experts, self.num_chosen - zero_experts
@@ -130,7 +132,7 @@ class MoEPlusPlusRouter(Router):
         index_TK = scores_TM.detach().topk(self.top_k, dim=-1).indices
         index_TK, weight_TK = drop_padding(index_TK, self._weights(logits_TM, index_TK), real_T)
         load_M = count_experts(index_TK, self.num_chosen)
-        tokens = torch.tensor(len(x_TD), device=x_TD.device) if real_T is None else real_T.sum()
+        tokens = torch.full((), len(x_TD), device=x_TD.device) if real_T is None else real_T.sum()
 
         requested = None
         if self.capacity_factor is not None:

@@ -22,7 +22,6 @@ for V-MoE, arXiv:2106.05974, appendix A.2 (without its capacity and batch priori
 the call). V-MoE's configurations weigh each loss by 0.005.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, register_router, router_dtype
 from .losses import squared_variation
-from .selection import check_top_k, drop_padding
+from .selection import check_not_negative, check_top_k, drop_padding
 
 FORMS = ("shazeer", "vmoe")
 LEAST_DEVIATION = 1e-2  # tensor2tensor's noise_epsilon
@@ -71,10 +70,9 @@ class NoisyTopKRouter(Router):
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
+        check_not_negative(noise_std=noise_std, importance_weight=importance_weight, load_weight=load_weight)
         if form not in FORMS:
             raise ValueError(f'form="{form}": choose one of {FORMS}')
-        if not (noise_std >= 0 and math.isfinite(noise_std)):
-            raise ValueError(f"noise_std={noise_std}: choose a positive number, or 0 for no noise")
         self.top_k, self.form, self.noise_std = top_k, form, noise_std
         self.importance_weight, self.load_weight = importance_weight, load_weight
         if form == "shazeer":

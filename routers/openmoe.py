@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from ..kernels.segment import segment_sum
 from .base import GatedRouter, Routing, TokenContext, count_experts, register_router, router_dtype
 from .losses import z_loss
-from .selection import check_top_k, drop_padding, keep_within_capacity
+from .selection import check_jitter, check_not_negative, check_top_k, drop_padding, jittered, keep_within_capacity
 
 FLAXFORMER_GROUP = 4096
 
@@ -98,8 +98,8 @@ class OpenMoERouter(GatedRouter):
             raise ValueError(f"min_capacity={min_capacity}: choose at least 1")
         if group_size is not None and group_size < 1:
             raise ValueError(f"group_size={group_size}: choose at least 1, or None")
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter={jitter}: choose 0 (none) to less than 1")
+        check_jitter(jitter)
+        check_not_negative(balance_weight=balance_weight, z_weight=z_weight, init_std=init_std)
         self.top_k, self.capacity, self.min_capacity = top_k, capacity, min_capacity
         self.train_capacity_factor, self.eval_capacity_factor = train_capacity_factor, eval_capacity_factor
         self.group_size = group_size or (FLAXFORMER_GROUP if capacity == "flaxformer" else None)
@@ -123,7 +123,7 @@ class OpenMoERouter(GatedRouter):
         dtype = router_dtype(x_TD)
         x_TD = x_TD.to(dtype)
         if self.jitter and self.training:
-            x_TD = x_TD * (1 + self.jitter * (2 * context.noise(*x_TD.shape, distribution="uniform").to(dtype) - 1))
+            x_TD = jittered(x_TD, self.jitter, context)
         return F.linear(x_TD, self.weight.to(dtype))
 
     def assign(self, logits_TE: Tensor, scores_TE: Tensor, context: TokenContext) -> Routing:

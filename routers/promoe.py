@@ -18,6 +18,7 @@ equations 4 to 6, and the released code. The code's null label is the number 100
 samples are unconditional.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from ..kernels.cosine import cosine
 from .base import Router, Routing, TokenContext, register_router, router_dtype
 from .losses import contrastive_loss
-from .selection import check_top_k, experts_take, tokens_per_expert
+from .selection import check_not_negative, check_top_k, experts_take, tokens_per_expert
 
 
 @register_router("promoe")
@@ -67,14 +68,13 @@ class ProMoERouter(Router):
         kinds = ("routed",) * num_experts + ("local",) * bool(unconditional)
         super().__init__(num_experts=num_experts, expert_kinds=kinds)
         check_top_k(top_k, num_experts)
+        check_not_negative(contrastive_weight=contrastive_weight, init_std=init_std)
         if gate not in ("identity", "softmax", "sigmoid"):
             raise ValueError(f'gate="{gate}": choose "identity", "softmax" or "sigmoid"')
         if selection not in ("token_choice", "expert_choice"):
             raise ValueError(f'selection="{selection}": choose "token_choice" or "expert_choice"')
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: choose a positive number")
-        if contrastive_weight < 0:
-            raise ValueError(f"contrastive_weight={contrastive_weight}: choose 0 (no loss) or more")
         self.top_k, self.gate, self.selection = top_k, gate, selection
         self.unconditional, self.contrastive_weight, self.temperature = unconditional, contrastive_weight, temperature
         self.prototypes = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, apply_linear, register_router, router_dtype
 from .losses import similarity_loss
+from .selection import check_not_negative
 
 
 @register_router("race")
@@ -57,6 +58,7 @@ class RaceRouter(Router):
             ValueError: an option outside its range.
         """
         super().__init__(num_experts=num_experts)
+        check_not_negative(similarity_weight=similarity_weight)
         if not 0 < top_k <= num_experts:
             raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
         if gate not in ("identity", "sigmoid", "softmax"):

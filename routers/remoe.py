@@ -18,11 +18,14 @@ all pairs of the step's micro-batches and ranks together; there it is the mean o
 where they are equally long.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import GatedRouter, Routing, TokenContext, register_router, router_dtype
+from .selection import check_not_negative
 
 
 @register_router("remoe")
@@ -58,11 +61,12 @@ class ReMoERouter(GatedRouter):
             ValueError: an option outside its range.
         """
         super().__init__(num_experts=num_experts)
+        check_not_negative(init_std=init_std)
         if not 0 < top_k <= num_experts:
             raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
-        if coefficient <= 0:
+        if not 0 < coefficient < math.inf:
             raise ValueError(f"coefficient={coefficient}: choose above 0, since it only moves by factors")
-        if multiplier < 1:
+        if not 1 <= multiplier < math.inf:
             raise ValueError(f"multiplier={multiplier}: choose at least 1; 1 keeps the coefficient as it is")
         self.top_k, self.multiplier = top_k, multiplier
         self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))

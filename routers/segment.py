@@ -25,6 +25,7 @@ takes the balance loss over the segments of all layers together (``balance_loss_
 summed f over the slots, which is ``balance_weight=0.02 * K``. ``shifted`` is not in the paper.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, count_experts, register_router, router_dtype
 from .losses import balance_loss
-from .selection import check_top_k, drop_padding
+from .selection import check_not_negative, check_top_k, drop_padding
 
 
 @register_router("segment")
@@ -75,8 +76,9 @@ class SegmentRouter(Router):
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
+        check_not_negative(balance_weight=balance_weight)
         check_segment_size(segment_size)
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: choose a positive number")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: choose 0 (none) to less than 1")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.permute import sort_by_expert
+from .base import TokenContext
 
 DROP_POLICIES = ("position", "probability", "choice")
 
@@ -51,10 +52,48 @@ def drop_padding(index_TK: Tensor, weight_TK: Tensor, real_T: Tensor | None) -> 
     return index_TK.masked_fill(~real_T[:, None], -1), weight_TK.masked_fill(~real_T[:, None], 0)
 
 
+def known_ids(id_BL: Tensor, count: int, real_T: Tensor | None, field: str, option: str) -> Tensor:
+    """Ids of tokens, 0 where a token is padded: [T].
+
+    Args:
+        id_BL: ``field`` of the context.
+        count: how many ids there are, the router's ``option``.
+
+    Raises:
+        RuntimeError: a real token's id is not 0 to count - 1. On a GPU with the next wait for the device; this waits
+            for nothing.
+    """
+    id_T = id_BL.flatten()
+    if real_T is not None:
+        id_T = id_T.masked_fill(~real_T, 0)
+    known = ((id_T >= 0) & (id_T < count)).all()
+    torch._assert_async(known, f"{field} holds an id out of range: expected 0 to {count - 1}, from {option}={count}")
+    return id_T
+
+
 def check_top_k(top_k: int, num_experts: int) -> None:
     """Raises ValueError unless a token can have ``top_k`` different experts."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} with {num_experts} experts: choose 1 to {num_experts}")
+
+
+def check_not_negative(**options: float) -> None:
+    """Raises ValueError unless every option is a finite number of at least 0."""
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: choose a finite number of at least 0")
+
+
+def check_jitter(jitter: float) -> None:
+    """Raises ValueError unless ``jittered`` can multiply by it."""
+    if not 0 <= jitter < 1:
+        raise ValueError(f"jitter={jitter}: choose 0 (none) to less than 1")
+
+
+def jittered(x_TD: Tensor, jitter: float, context: TokenContext) -> Tensor:
+    """x times U(1 - jitter, 1 + jitter), elementwise, by the context's noise. [T, D]"""
+    uniform_TD = context.noise(*x_TD.shape, distribution="uniform").to(x_TD.dtype)
+    return x_TD * (1 + jitter * (2 * uniform_TD - 1))
 
 
 def keep_within_capacity(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import GatedRouter, Routing, TokenContext, register_router, router_dtype
-from .selection import check_top_k, drop_padding
+from .selection import check_not_negative, check_top_k, drop_padding
 
 TOLERANCE = 1e-4
 
@@ -49,6 +49,7 @@ class SinkhornRouter(GatedRouter):
         """
         super().__init__(num_experts=num_experts)
         check_top_k(top_k, num_experts)
+        check_not_negative(init_std=init_std)
         if max_rounds < 1:
             raise ValueError(f"max_rounds={max_rounds}: choose at least 1")
         self.top_k, self.max_rounds = top_k, max_rounds

@@ -17,13 +17,15 @@ Sources: GRIN, arXiv:2409.12136; SparseMixer, arXiv:2310.00811; Hugging Face tra
 As there, a third is 0.3333. The jitter of the layer's input, which PhiMoE has besides, is not here.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, count_experts, register_router, router_dtype
 from .losses import balance_loss
-from .selection import drop_padding
+from .selection import check_not_negative, drop_padding
 
 THIRD = 0.3333
 
@@ -62,12 +64,13 @@ class SparseMixerRouter(Router):
             ValueError: an option outside its range.
         """
         super().__init__(num_experts=num_experts)
+        check_not_negative(balance_weight=balance_weight, init_std=init_std)
         if top_k != 2 or num_experts < 2:
             raise ValueError(
                 f"top_k={top_k} with {num_experts} experts: SparseMixer chooses 2 of at least 2; for others use topk"
             )
-        if jitter < 0:
-            raise ValueError(f"jitter={jitter}: choose at least 0; 0 leaves ties only")
+        if not 0 <= jitter < math.inf:
+            raise ValueError(f"jitter={jitter}: choose a finite number of at least 0; 0 leaves ties only")
         self.jitter, self.balance_weight = jitter, balance_weight
         self.weight = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))
 

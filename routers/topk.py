@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from .base import GatedRouter, Routing, TokenContext, count_experts, register_preset, register_router, router_dtype
 from .losses import balance_loss, z_loss
-from .selection import check_drop, check_top_k, drop_padding, keep_within_capacity
+from .selection import (
+    check_drop,
+    check_jitter,
+    check_not_negative,
+    check_top_k,
+    drop_padding,
+    jittered,
+    keep_within_capacity,
+)
 
 NEARLY_ZERO = 1e-20  # DeepSeek-V3's; sigmoids of very low logits may all be 0
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -101,9 +109,11 @@ class TopKRouter(GatedRouter):
                 f"top_k={top_k}: the {top_groups} best of {num_groups} groups hold {open_experts} experts; "
                 "take more groups"
             )
-        if not 0 <= jitter < 1:
-            raise ValueError(f"jitter={jitter}: choose 0 (none) to less than 1")
+        check_jitter(jitter)
         check_drop(capacity_factor, drop_policy)
+        check_not_negative(
+            scale=scale, balance_weight=balance_weight, z_weight=z_weight, bias_rate=bias_rate, init_std=init_std
+        )
         self.top_k, self.score, self.softmax_after = top_k, score, softmax_after
         self.renormalise, self.scale, self.jitter = renormalise, scale, jitter
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
@@ -141,7 +151,7 @@ class TopKRouter(GatedRouter):
         dtype = router_dtype(x_TD)
         x_TD = x_TD.to(dtype)
         if self.jitter and self.training:
-            x_TD = x_TD * (1 + self.jitter * (2 * context.noise(*x_TD.shape, distribution="uniform").to(dtype) - 1))
+            x_TD = jittered(x_TD, self.jitter, context)
         bias_E = None if self.linear_bias is None else self.linear_bias.to(dtype)
         return F.linear(x_TD, self.weight.to(dtype), bias_E)
 

@@ -232,7 +232,7 @@ def test_noise_is_needed_in_training_alone():
     ("options", "message"),
     [
         ({"form": "gshard"}, 'form="gshard": choose one of'),
-        ({"noise_std": -1.0}, "noise_std=-1.0: choose a positive number, or 0"),
+        ({"noise_std": -1.0}, "noise_std=-1.0: choose a finite number of at least 0"),
         ({"noise_std": math.nan}, "noise_std=nan"),
         ({"top_k": 6}, "top_k=6 with 5 experts"),
     ],

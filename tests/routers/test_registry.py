@@ -3,7 +3,10 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
+from typing import Literal
 
+import numpy
 import pytest
 import torch
 
@@ -139,6 +142,58 @@ def test_a_gate_in_three_steps_says_which_one_is_missing():
 def test_constructors_that_would_swallow_options_are_refused(clean_registry, init, loose):
     with pytest.raises(ValueError, match=f"made_up.__init__ takes {loose}: make every option keyword-only"):
         register_router("made_up")(made_up(__init__=init))
+
+
+class Annotated(Router):
+    evidence = "paper"
+
+    def __init__(
+        self,
+        *,
+        num_experts: int = 1,
+        dim: int | None = None,
+        rate: float = 0.0,
+        on: bool = False,
+        how: Literal["a", "b"] | None = None,
+        inner: dict[str, int] | None = None,
+        anything: Sequence[int] = (),
+    ):
+        super().__init__(num_experts=num_experts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 2.0}, "num_experts=2.0: choose a whole number$"),
+        ({"num_experts": True}, "num_experts=True: choose a whole number$"),
+        ({"dim": "4"}, "dim='4': choose a whole number or None"),
+        ({"dim": 0}, "dim=0: choose at least 1"),
+        ({"rate": "fast"}, "rate='fast': choose a number"),
+        ({"rate": None}, "rate=None: choose a number"),
+        ({"on": 1}, "on=1: choose True or False"),
+        ({"how": 3}, "how=3: choose a text or None"),
+        ({"inner": [1]}, r"inner=\[1\]: choose a dict or None"),
+    ],
+)
+def test_options_are_what_their_annotation_says(options, message):
+    with pytest.raises(ValueError, match=message):
+        Annotated(**options)
+
+
+def test_what_an_annotation_allows():
+    allowed = {"num_experts": numpy.int64(2), "dim": 4, "rate": 1, "on": True, "how": "a", "inner": {}, "anything": "x"}
+    assert Annotated(**allowed).options == allowed
+    # an annotation that only a type checker understands
+    init = Annotated.__init__
+    unknown = type("Unknown", (Annotated,), {"__init__": lambda self, *, rate: init(self)})
+    unknown.__init__.__annotations__ = {"rate": "NotHere"}
+    assert unknown(rate="fast").options == {"rate": "fast"}
+
+
+def test_what_is_no_routing_is_refused():
+    router = made_up("Forgetful", forward=lambda self, x, context: x)(num_experts=1)
+    with pytest.raises(ValueError, match='"Forgetful" returned Tensor: forward must return a Routing'):
+        router(torch.zeros(2, 3))
 
 
 def test_kinds_are_checked():

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from gatewright.routers.selection import check_drop, experts_take, keep_within_capacity, tokens_per_expert
+from gatewright.routers.selection import (
+    check_drop,
+    check_not_negative,
+    experts_take,
+    keep_within_capacity,
+    known_ids,
+    tokens_per_expert,
+)
 
 
 def generator(seed=0):
@@ -83,3 +90,20 @@ def test_drop_options_are_checked():
             check_drop(factor, "position")
     with pytest.raises(ValueError, match='drop_policy="random"'):
         check_drop(1.0, "random")
+
+
+def test_checks_name_the_option():
+    check_not_negative(first=0, second=2.5)
+    for value in (-1e-9, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"second={value}: choose a finite number of at least 0"):
+            check_not_negative(first=0.0, second=value)
+
+
+def test_known_ids():
+    ids, real = torch.tensor([[0, 4], [-100, 99]]), torch.tensor([True, True, False, False])
+    assert known_ids(ids, 5, real, "context.token_ids", "vocabulary").tolist() == [0, 4, 0, 0]
+    for count, mask in ((4, real), (5, None)):
+        expected = f"context.token_ids holds an id out of range: expected 0 to {count - 1}, from vocabulary={count}"
+        with pytest.raises(RuntimeError, match=expected):
+            known_ids(ids, count, mask, "context.token_ids", "vocabulary")
+    assert known_ids(ids[:0], 5, None, "context.token_ids", "vocabulary").shape == (0,)
