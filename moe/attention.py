@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from ..kernels.grouped_gemm import grouped_gemm
 from ..kernels.permute import permute, sort_by_expert
 from ..routers.base import Router, Routing, TokenContext
+from ..routers.selection import known_ids
 
 
 class BiLevelRoutingAttention(nn.Module):
@@ -148,7 +149,8 @@ class RoutedHeadAttention(nn.Module):
         bias: of the four linear maps.
 
     Raises:
-        ValueError: heads that do not divide the width, or a router over other ids.
+        ValueError: heads that do not divide the width, or a router over other ids; when called, ``context.causal``
+            without ``causal``.
     """
 
     def __init__(self, router: Router, *, dim: int, num_heads: int, causal: bool = False, bias: bool = False) -> None:
@@ -165,6 +167,8 @@ class RoutedHeadAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: TokenContext | None = None) -> tuple[Tensor, Routing]:
         context = TokenContext.for_tokens(x_BLD, causal=self.causal) if context is None else context
+        _check_causal(self, context)
+        x_BLD = _without_padding(x_BLD, context)
         batch, length, _ = x_BLD.shape
         routing = self.router(x_BLD.flatten(0, 1), context)
         token, head, weight = routing.as_list()
@@ -192,10 +196,7 @@ class RoutedHeadAttention(nn.Module):
 
 
 class ModalityLinear(nn.Module):
-    """``y_t = W[m_t] x_t``: a linear map without bias for every modality. x [T, D_in], modality [T] -> [T, D_out]
-
-    An id outside 0 to num_modalities - 1 is an IndexError where the device reports one.
-    """
+    """``y_t = W[m_t] x_t``: a linear map without bias for every modality. x [T, D_in], modality [T] -> [T, D_out]"""
 
     def __init__(self, num_modalities: int, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -235,11 +236,20 @@ class ModalityAttention(nn.Module):
         """
         Args:
             mask: [B, L, L] bool, True = query i may look at key j; besides the causal one and the padding.
+
+        Raises:
+            ValueError: a context without modalities, or of a model that decodes left to right, where neither ``causal``
+                nor a mask keeps tokens from looking at later ones.
+            RuntimeError: a real token's modality is not 0 to num_modalities - 1.
         """
         if context.modality is None:
             raise ValueError("context.modality is missing: give TokenContext.for_tokens(x, modality=...), [B, L] ids")
+        if mask is None:
+            _check_causal(self, context)
+        x_BLD = _without_padding(x_BLD, context)
         batch, length, _ = x_BLD.shape
-        modality_T = context.modality.flatten()
+        count = len(self.qkv.weight)
+        modality_T = known_ids(context.modality, count, context.real_T, "context.modality", "num_modalities")
         qkv = self.qkv(x_BLD.flatten(0, 1), modality_T).view(batch, length, 3, self.num_heads, -1)
         allowed = None if mask is None else mask[:, None]
         if context.padding_mask is not None:
@@ -252,6 +262,19 @@ class ModalityAttention(nn.Module):
         )
         out_TD = out.transpose(1, 2).reshape(batch * length, -1)
         return self.out(out_TD, modality_T).view_as(x_BLD)
+
+
+def _check_causal(attention: RoutedHeadAttention | ModalityAttention, context: TokenContext) -> None:
+    if context.causal and not attention.causal:
+        raise ValueError(
+            f"{type(attention).__name__} was made with causal=False, so that a token looks at later ones, and "
+            "context.causal says that the model decodes left to right: make it with causal=True"
+        )
+
+
+def _without_padding(x_BLD: Tensor, context: TokenContext) -> Tensor:
+    """0 at padded tokens, which may hold anything: 0 * NaN would reach who looks at them with weight 0."""
+    return x_BLD if context.padding_mask is None else x_BLD.masked_fill(~context.padding_mask[..., None], 0)
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

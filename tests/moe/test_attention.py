@@ -215,10 +215,23 @@ def test_a_trained_router_chooses_heads():
     torch.testing.assert_close(attention(later)[0][:, :5], y[:, :5])
     padded = TokenContext.for_tokens(x, padding_mask=torch.arange(7).expand(2, 7) < 5)
     nan = x.clone()
-    nan[:, 5:] = 9
+    nan[:, 5:] = torch.nan
     torch.testing.assert_close(attention(nan, padded)[0][:, :5], y[:, :5])
     with pytest.raises(ValueError, match="addresses 4 experts.*expected 3 routed ones, one a head"):
         RoutedHeadAttention(create_router("topk", dim=12, num_experts=4), dim=12, num_heads=3)
+
+
+def test_a_model_that_decodes_left_to_right_needs_causal_attention():
+    x, ones = tokens(2, 7), torch.ones(14, 3, dtype=torch.float64)
+    context = TokenContext.for_tokens(x, causal=True, modality=torch.zeros(2, 7, dtype=torch.int64))
+    heads, modalities = routed_heads(ones > 0, ones), modality_attention(True)
+    heads.router.allow_noncausal = True
+    for attention in (heads, modalities):
+        with pytest.raises(ValueError, match="was made with causal=False.*make it with causal=True"):
+            attention(x, context)
+    # a mask may say it instead, as where an image's tokens see each other
+    by_mask = modalities(x, context, mask=torch.ones(2, 7, 7, dtype=torch.bool).tril())
+    torch.testing.assert_close(by_mask, modality_attention(True, causal=True)(x, context), rtol=0, atol=1e-12)
 
 
 def modality_attention(tied, **options):
@@ -268,6 +281,12 @@ def test_modalities_and_padding():
     torch.testing.assert_close(y[:, :4], expected, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="context.modality is missing"):
         attention(x, TokenContext.for_tokens(x))
+    dirty, unnamed = x.masked_fill(~mask[..., None], torch.nan), modality.masked_fill(~mask, -100)
+    again = attention(dirty, TokenContext.for_tokens(x, modality=unnamed, padding_mask=mask))
+    torch.testing.assert_close(again[:, :4], y[:, :4], rtol=0, atol=0)
+    for wrong in (-1, 3):
+        with pytest.raises(RuntimeError, match="context.modality holds an id out of range: expected 0 to 2"):
+            attention(x, TokenContext.for_tokens(x, modality=modality.masked_fill(modality == 1, wrong)))
     with pytest.raises(ValueError, match="num_modalities=0"):
         ModalityAttention(dim=12, num_heads=3, num_modalities=0)
 
@@ -283,7 +302,7 @@ def test_a_layer_of_tied_modalities_is_dense():
     y, routing = layer(x, TokenContext.for_tokens(x, modality=torch.arange(12).view(2, 6) % 3))
     torch.testing.assert_close(y, dense(x), rtol=0, atol=1e-12)
     assert routing.load_E().tolist() == [4, 4, 4]
-    with pytest.raises(IndexError):
+    with pytest.raises(RuntimeError, match="context.modality holds an id out of range: expected 0 to 2"):
         layer(x, TokenContext.for_tokens(x, modality=torch.full((2, 6), 3)))
     with pytest.raises(ValueError, match='router "modality" needs context.modality'):
         layer(x)
