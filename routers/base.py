@@ -360,7 +360,8 @@ class Router(nn.Module):
         requires_by_option: fields that only some options need.
         loss_names: the auxiliary losses that some option adds.
         state_names: the buffers that ``update`` moves under some option.
-        causal: whether a decision never depends on later tokens.
+        causal: whether a decision never depends on what later tokens of the sample are. How many tokens the call has
+            may enter where experts have a capacity, so that a prefix alone may keep others.
         batch_independent: whether a decision never depends on other samples.
         allow_noncausal: let it decide in a model that decodes left to right although it is not causal.
         without_gradient: what the weights and losses of a decision give no gradient, on purpose: names of parameters or
