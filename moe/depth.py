@@ -111,7 +111,7 @@ class MixtureOfDepths(nn.Module):
         if real_BL is None:
             real_BL = x_BLD.new_ones(x_BLD.shape[:2], dtype=torch.bool)
         x_BLD = x_BLD.masked_fill(~real_BL[..., None], 0)
-        rho_BL = x_BLD.to(dtype) @ self.score.to(dtype)
+        rho_BL = (x_BLD.to(dtype) * self.score.to(dtype)).sum(-1)  # autocast would lower a product of matrices
         if self.training or not self.predict_weight:
             count_B1 = (self.capacity * real_BL.sum(1, keepdim=True)).round().long()
             taken_BL = experts_take(rho_BL[..., None], count_B1, real_BL)[..., 0]
@@ -167,7 +167,8 @@ class GatedBlock(nn.Module):
         if real_BL is None:
             real_BL = x_BLD.new_ones(x_BLD.shape[:2], dtype=torch.bool)
         x_BLD = x_BLD.masked_fill(~real_BL[..., None], 0)
-        logit_BL = self.gate(x_BLD)[..., 0]
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            logit_BL = self.gate(x_BLD.to(self.gate[1].weight.dtype))[..., 0].to(router_dtype(x_BLD))
         if not self.training:
             open_BL = (logit_BL > 0) & real_BL
             place_BC, chosen_BCD, chosen = _select(x_BLD, open_BL, context)
@@ -175,7 +176,7 @@ class GatedBlock(nn.Module):
             if chosen.length:
                 added_BCD = self.block(chosen_BCD, chosen)
                 y_BLD = x_BLD + _put_back(added_BCD, place_BC, chosen.padding_mask, x_BLD.shape[1])
-            return y_BLD, open_BL.to(x_BLD.dtype)
+            return y_BLD, open_BL.to(logit_BL.dtype)
         uniform_BL = context.noise(context.num_tokens, distribution="uniform").view_as(logit_BL).to(logit_BL.dtype)
         soft_BL = ((logit_BL + uniform_BL.logit()) / self.temperature).sigmoid().masked_fill(~real_BL, 0)
         open_BL = soft_BL > 0.5

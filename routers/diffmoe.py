@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, apply_linear, register_router, router_dtype
-from .selection import check_not_negative, experts_take, tokens_per_expert
+from .selection import check_mean_top_k, check_not_negative, experts_take, tokens_per_expert
 
 
 @register_router("diffmoe")
@@ -59,8 +59,7 @@ class DiffMoERouter(Router):
         """
         super().__init__(num_experts=num_experts)
         check_not_negative(predictor_weight=predictor_weight, init_std=init_std)
-        if not 0 < top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+        check_mean_top_k(top_k, num_experts)
         if not 0 <= threshold_decay < 1:
             raise ValueError(f"threshold_decay={threshold_decay}: choose 0 to less than 1")
         if inference not in ("pool", "token"):

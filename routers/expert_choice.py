@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, register_router, router_dtype
-from .selection import check_not_negative, experts_take, tokens_per_expert
+from .selection import check_mean_top_k, check_not_negative, experts_take, tokens_per_expert
 
 
 @register_router("expert_choice")
@@ -49,8 +49,7 @@ class ExpertChoiceRouter(Router):
         """
         super().__init__(num_experts=num_experts)
         check_not_negative(init_std=init_std)
-        if not 0 < top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+        check_mean_top_k(top_k, num_experts)
         if pool not in ("sample", "batch"):
             raise ValueError(f'pool="{pool}": choose "sample" or "batch"')
         self.top_k, self.pool = top_k, pool

@@ -75,7 +75,7 @@ class ProMoERouter(Router):
             raise ValueError(f'selection="{selection}": choose "token_choice" or "expert_choice"')
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: choose a positive number")
-        self.top_k, self.gate, self.selection = top_k, gate, selection
+        self.top_k, self.gate, self.choice = top_k, gate, selection
         self.unconditional, self.contrastive_weight, self.temperature = unconditional, contrastive_weight, temperature
         self.prototypes = nn.Parameter(torch.empty(num_experts, dim).normal_(0, init_std))
 
@@ -85,7 +85,7 @@ class ProMoERouter(Router):
 
     @property
     def causal(self) -> bool:
-        return self.selection == "token_choice"
+        return self.choice == "token_choice"
 
     batch_independent = True
 
@@ -102,7 +102,7 @@ class ProMoERouter(Router):
         if self.unconditional:
             own_T1 = torch.where(null_T[:, None], 0.0, -torch.inf).to(dtype)
             logits_TE = torch.cat([logits_TE.masked_fill(null_T[:, None], -torch.inf), own_T1], dim=1)
-        choose = self._token_choice if self.selection == "token_choice" else self._expert_choice
+        choose = self._token_choice if self.choice == "token_choice" else self._expert_choice
         routing = choose(x_TD, cosine_TE, prototypes_ED, real_T & ~null_T, null_T, context)
         # on a CPU a softmax over the few columns of many rows is ten times slower than over the rows of their transpose
         return routing.replace(logits=logits_TE, scores=logits_TE.T.contiguous().softmax(0).T)

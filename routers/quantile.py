@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .base import Routing, TokenContext, register_router
 from .selection import drop_padding
-from .topk import NEARLY_ZERO, TopKRouter
+from .topk import TopKRouter
 
 
 @register_router("quantile")
@@ -89,21 +89,17 @@ class QuantileRouter(TopKRouter):
         offer_TE = logits_TE.detach() - self.beta.to(logits_TE.dtype)
         best = offer_TE.topk(min(self.top_k + 1, self.num_experts), dim=-1)
         index_TK = best.indices[:, : self.top_k]
-        if self.softmax_after:
-            weight_TK = logits_TE.gather(1, index_TK).softmax(-1)
-        else:
-            weight_TK = scores_TE.gather(1, index_TK)
-        if self.renormalise:
-            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + NEARLY_ZERO)
-        index_TK, weight_TK = drop_padding(index_TK, self.scale * weight_TK, context.real_T)
+        index_TK, weight_TK = drop_padding(index_TK, self._weights(logits_TE, scores_TE, index_TK), context.real_T)
         stats = {}
         if self.training and self.stateful:
             stats = self._quantile(logits_TE.detach() - best.values[:, -1:], context.real_T)
-        shares_TE = scores_TE
-        if self.score != "softmax":
-            shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + NEARLY_ZERO)
         return Routing.from_topk(
-            index_TK, weight_TK, bank_size=self.bank_size, logits=logits_TE, scores=shares_TE, stats=stats
+            index_TK,
+            weight_TK,
+            bank_size=self.bank_size,
+            logits=logits_TE,
+            scores=self._shares(scores_TE),
+            stats=stats,
         )
 
     def _quantile(self, margin_TE: Tensor, real_T: Tensor | None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .base import Router, Routing, TokenContext, apply_linear, register_router, router_dtype
 from .losses import similarity_loss
-from .selection import check_not_negative
+from .selection import check_mean_top_k, check_not_negative
 
 
 @register_router("race")
@@ -59,8 +59,7 @@ class RaceRouter(Router):
         """
         super().__init__(num_experts=num_experts)
         check_not_negative(similarity_weight=similarity_weight)
-        if not 0 < top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+        check_mean_top_k(top_k, num_experts)
         if gate not in ("identity", "sigmoid", "softmax"):
             raise ValueError(f'gate="{gate}": choose "identity", "sigmoid" or "softmax"')
         if not 0 <= threshold_decay < 1:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import GatedRouter, Routing, TokenContext, register_router, router_dtype
-from .selection import check_not_negative
+from .selection import check_mean_top_k, check_not_negative
 
 
 @register_router("remoe")
@@ -62,8 +62,7 @@ class ReMoERouter(GatedRouter):
         """
         super().__init__(num_experts=num_experts)
         check_not_negative(init_std=init_std)
-        if not 0 < top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+        check_mean_top_k(top_k, num_experts)
         if not 0 < coefficient < math.inf:
             raise ValueError(f"coefficient={coefficient}: choose above 0, since it only moves by factors")
         if not 1 <= multiplier < math.inf:

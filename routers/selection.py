@@ -77,6 +77,12 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise ValueError(f"top_k={top_k} with {num_experts} experts: choose 1 to {num_experts}")
 
 
+def check_mean_top_k(top_k: float, num_experts: int) -> None:
+    """Raises ValueError unless tokens can have ``top_k`` different experts on average."""
+    if not 0 < top_k <= num_experts:
+        raise ValueError(f"top_k={top_k} with {num_experts} experts: choose above 0, at most {num_experts}")
+
+
 def check_not_negative(**options: float) -> None:
     """Raises ValueError unless every option is a finite number of at least 0."""
     for name, value in options.items():

@@ -174,23 +174,13 @@ class TopKRouter(GatedRouter):
     def assign(self, logits_TE: Tensor, scores_TE: Tensor, context: TokenContext) -> Routing:
         real_T = context.real_T
         index_TK = self._choose(scores_TE.detach())
-        if self.softmax_after:
-            weight_TK = logits_TE.gather(1, index_TK).softmax(-1)
-        else:
-            weight_TK = scores_TE.gather(1, index_TK)
-        if self.renormalise:
-            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + NEARLY_ZERO)
-        weight_TK = weight_TK * self.scale
-
-        index_TK, weight_TK = drop_padding(index_TK, weight_TK, real_T)
+        index_TK, weight_TK = drop_padding(index_TK, self._weights(logits_TE, scores_TE, index_TK), real_T)
         requested = None
         if self.capacity_factor is not None:
             requested, keep_TK = index_TK, self._within_capacity(index_TK, weight_TK, real_T)
             index_TK, weight_TK = index_TK.masked_fill(~keep_TK, -1), weight_TK.masked_fill(~keep_TK, 0)
 
-        shares_TE = scores_TE
-        if self.score != "softmax":
-            shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + NEARLY_ZERO)
+        shares_TE = self._shares(scores_TE)
         load_E = count_experts(index_TK if requested is None else requested, self.bank_size)
         losses = {}
         if self.balance_weight:
@@ -220,13 +210,27 @@ class TopKRouter(GatedRouter):
             scores_TE = grouped.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
         return scores_TE.topk(self.top_k, dim=-1).indices
 
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, index_TK: Tensor) -> Tensor:
+        """Of the chosen experts. [T, K]"""
+        if self.softmax_after:
+            weight_TK = logits_TE.gather(1, index_TK).softmax(-1)
+        else:
+            weight_TK = scores_TE.gather(1, index_TK)
+        if self.renormalise:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + NEARLY_ZERO)
+        return weight_TK * self.scale
+
+    def _shares(self, scores_TE: Tensor) -> Tensor:
+        """Scores whose rows sum to 1. [T, E]"""
+        return scores_TE if self.score == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + NEARLY_ZERO)
+
     def _within_capacity(self, index_TK: Tensor, weight_TK: Tensor, real_T: Tensor | None) -> Tensor:
         tokens = len(index_TK) if real_T is None else real_T.sum().double()
         capacity = self.capacity_factor * self.top_k * tokens / self.num_experts
         return keep_within_capacity(index_TK, weight_TK, self.num_experts, capacity, self.drop_policy)
 
     def update(self, stats: dict[str, Tensor]) -> None:
-        load_E = stats["load"].to(self.bias.dtype)
+        load_E = stats["load"].double()  # exact: float32 has no odd counts beyond 2^24, and a sign knows no rounding
         self.bias += self.bias_rate * (load_E.mean() - load_E).sign()
 
 

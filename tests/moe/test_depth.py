@@ -187,6 +187,19 @@ def test_gates_in_training_have_the_gradient_of_their_sigmoid():
         gated(temperature=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_decisions_are_of_full_precision_under_autocast(training):
+    x = tokens().float()
+    for module in (depths(capacity=0.5).float(), gated(initial_logit=0.0).float()):
+        module.train(training)
+        expected = module(x, noisy(x))[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            decided = module(x, noisy(x))[1]
+        if isinstance(module, MixtureOfDepths):
+            expected, decided = expected.logits, decided.logits
+        assert torch.equal(decided, expected) and decided.dtype == torch.float32
+
+
 @pytest.mark.parametrize("make", [lambda: depths(capacity=0.5), lambda: gated(initial_logit=0.5)])
 @pytest.mark.parametrize("training", [True, False])
 def test_padding_is_as_if_it_were_not_there(make, training):

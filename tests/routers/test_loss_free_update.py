@@ -36,6 +36,10 @@ def test_an_even_load_moves_nothing(count, experts, rate):
     assert (moved([count] * experts, rate) == 0).all()
 
 
+def test_counts_that_float32_does_not_know():
+    assert (moved([2**24 + 1, 2**24, 2**24], 0.05) * 20).tolist() == pytest.approx([-1, 1, 1])
+
+
 @given(counts, st.integers(2, 9), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
 def test_only_proportions_matter_and_no_expert_is_special(load, times, random):
