@@ -1,8 +1,10 @@
 """The harness itself: results by rank, failures with their traceback, nobody left waiting, and a fresh start after."""
 
 import os
+import threading
 import time
 
+import distributed
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +34,23 @@ def check_one_dies():
 
 def check_sleep():
     time.sleep(60)
+
+
+def check_threads(count):
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    return os.getpid()
+
+
+def test_processes_with_many_threads_are_replaced(monkeypatch):
+    monkeypatch.setattr(distributed, "MANY_THREADS", 100)
+    ranks = Ranks(1)
+    try:
+        first = ranks.run(check_threads, 3)
+        assert ranks.run(check_threads, 150) == first
+        assert ranks.run(check_threads, 0) != first
+    finally:
+        ranks.close()
 
 
 def test_results_failures_and_fresh_starts():
