@@ -82,6 +82,11 @@ class AttentionAwareRouter(SmoothedRouter):
 
     def average(self, x_TD: Tensor, scores_BLE: Tensor, context: TokenContext) -> Tensor:
         attention = context.attention
+        if not hasattr(attention, "apply") or not hasattr(attention, "causal"):
+            raise ValueError(
+                f"context.attention is a {type(attention).__name__}: give what applies its weights, "
+                "gatewright.kernels.attention.AttentionWeights(q, k, causal=...)"
+            )
         if attention.causal != self.left_to_right:
             given = f"context.attention.causal is {attention.causal}"
             raise ValueError(

@@ -363,6 +363,7 @@ class Router(nn.Module):
         causal: whether a decision never depends on what later tokens of the sample are. How many tokens the call has
             may enter where experts have a capacity, so that a prefix alone may keep others.
         batch_independent: whether a decision never depends on other samples.
+        causal_option: the options that make it causal where it is not, as one writes them: "causal=True".
         allow_noncausal: let it decide in a model that decodes left to right although it is not causal.
         without_gradient: what the weights and losses of a decision give no gradient, on purpose: names of parameters or
             of submodules (a head that only the recipe's own loss trains), "tokens", or "weights" for all of them.
@@ -380,6 +381,7 @@ class Router(nn.Module):
     loss_names: ClassVar[tuple[str, ...]] = ()
     state_names: ClassVar[tuple[str, ...]] = ()
     causal: bool = False
+    causal_option: str = ""
     batch_independent: bool = False
     allow_noncausal: bool = False
     without_gradient: tuple[str, ...] = ()
@@ -419,6 +421,10 @@ class Router(nn.Module):
         if x.dim() != 2 or x.shape[0] != context.num_tokens:
             expected = f"[{context.num_tokens}, D], from the context's batch_size and length"
             raise ValueError(f"x has shape {tuple(x.shape)}: expected {expected}")
+        width = getattr(self, "options", {}).get("dim")
+        if width not in (None, x.shape[1]):
+            given = f"x has shape {tuple(x.shape)}"
+            raise ValueError(f"{given}: expected [{x.shape[0]}, {width}], since the router was made with dim={width}")
         for field in self.requires:
             if not context.has(field):
                 argument = "seed=..., step=..., sample_id=..." if field == "noise" else f"{field}=..."
@@ -428,7 +434,7 @@ class Router(nn.Module):
                 )
         if context.causal and not (self.causal or self.allow_noncausal):
             mode = "training" if self.training else "evaluation"
-            choose = "Make it with causal=True, choose" if self._has_causal_option() else "Choose"
+            choose = f"Make it with {self.causal_option}, choose" if self.causal_option else "Choose"
             raise ValueError(
                 f'router "{self.name or type(self).__name__}" is not causal in {mode} with these options: its decision '
                 "for a token may depend on later ones, and context.causal says that the model decodes left to right. "
@@ -445,9 +451,6 @@ class Router(nn.Module):
                 "Routing, from Routing.from_topk(index, weight, ...) or Routing.from_mask(mask, weight, ...)"
             )
         return routing
-
-    def _has_causal_option(self) -> bool:
-        return getattr(self, "options", {}).get("causal") is False
 
     def forward(self, x: Tensor, context: TokenContext) -> Routing:
         """x [T, D], 0 at padded tokens -> the decision. Pure: no attribute, buffer or random state changes."""

@@ -38,6 +38,7 @@ class MoEPlusPlusRouter(Router):
     paper = "MoE++, arXiv:2410.07348"
     requires_by_option = ("previous_logits",)
     loss_names = ("balance",)
+    causal_option = 'drop_policy="position"'
 
     def __init__(
         self,

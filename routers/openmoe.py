@@ -52,6 +52,7 @@ class OpenMoERouter(GatedRouter):
     paper = "OpenMoE, arXiv:2402.01739"
     requires_by_option = ("noise",)
     loss_names = ("balance", "z")
+    causal_option = "capacity=None"
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class SegmentRouter(Router):
     requires_by_option = ("noise",)
     loss_names = ("balance",)
     batch_independent = True
+    causal_option = "shifted=True"
 
     def __init__(
         self,

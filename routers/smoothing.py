@@ -65,6 +65,10 @@ class SmoothedRouter(Router):
         return self.left_to_right and self.base.causal
 
     @property
+    def causal_option(self) -> str:
+        return self.base.causal_option if self.left_to_right else "causal=True"
+
+    @property
     def batch_independent(self) -> bool:
         return self.base.batch_independent
 

@@ -43,6 +43,7 @@ class TopKRouter(GatedRouter):
     loss_names = ("balance", "z")
     state_names = ("bias",)
     reductions = {"load": "sum"}
+    causal_option = 'drop_policy="position"'
 
     def __init__(
         self,

@@ -47,6 +47,7 @@ class UnionRouter(GatedRouter):
     evidence = "code"
     paper = "Union of Experts, arXiv:2503.02495"
     selection = "expert"
+    causal_option = 'choice="per_token", patch=1'
 
     def __init__(
         self,

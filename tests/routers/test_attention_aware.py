@@ -244,6 +244,12 @@ def test_an_attention_that_is_not_as_said_is_refused(causal):
         make(causal=not causal)(parts.x, parts.context)
 
 
+def test_a_matrix_is_no_attention():
+    context = TokenContext(batch_size=1, length=3, attention=torch.eye(3).expand(1, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"context.attention is a Tensor: give .*AttentionWeights\(q, k, causal="):
+        create_router("attention_aware", dim=4, num_experts=2)(torch.zeros(3, 4), context)
+
+
 def test_what_the_attention_lacks_is_said():
     parts = Parts(2, 6)
     with pytest.raises(ValueError, match="attention has 4 heads, and router .* made for 3: make it with num_heads=4"):

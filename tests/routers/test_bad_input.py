@@ -73,6 +73,27 @@ def test_a_causal_model_is_refused_by_the_layer_unless_allowed(case, training):
     assert allowed(x, context)[0].isfinite().all()
 
 
+@by_name([case for case in CASES if router_class(case.name)[0].causal_option])
+def test_the_option_that_makes_it_causal_does(case):
+    """What the refusal names."""
+    for training in (True, False):
+        router = case.create().train(training)
+        if router.causal:
+            continue
+        context = case.context.replace(causal=True)
+        with pytest.raises(ValueError, match=f"Make it with {router.causal_option}, choose"):
+            router(case.tokens(), context)
+        told = eval(f"dict({router.causal_option})")
+        options = {name: value for name, value in case.options.items() if name != "length"}  # of choice="expert" alone
+        assert create_router(case.name, **options | told).train(training).causal
+
+
+@by_name([case for case in LISTED if case.name not in ("hash", "modality")])
+def test_tokens_of_another_width_are_refused(case):
+    with pytest.raises(ValueError, match=r"x has shape \(\d+, \d+\): expected \[\d+, 16\], since the router was made"):
+        case.create()(torch.zeros(case.context.num_tokens, 5), case.context)
+
+
 GATED = [
     case
     for case in CASES
