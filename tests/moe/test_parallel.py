@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from distributed import ranks  # noqa: F401  a fixture
 from made_up_router import Counting, MadeUpRouter
-from router_cases import LISTED, Case, assert_same
+from router_cases import LISTED, Case, assert_same, resized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +73,9 @@ def batch(model, step, number, *, padding=None, null=None, size=BATCH):
     x = torch.randn(size, LENGTH, model.width, generator=generator, dtype=D64)
     fields = {"seed": 7, "step": step, "sample_id": torch.arange(size) + BATCH * number, "padding_mask": padding}
     fields["null_mask"] = torch.rand(size, generator=generator) < 0.4 if null is None else torch.full((size,), null)
-    return x, TokenContext(batch_size=size, length=LENGTH, **fields)
+    if model.case is None:
+        return x, TokenContext(batch_size=size, length=LENGTH, **fields)
+    return x, resized(model.case.context, size, LENGTH, **fields)
 
 
 def case_of_micro_batch(kind, number):
