@@ -214,7 +214,9 @@ def coefficient_of_variation(counts: Array, ddof: int = 1) -> Tensor:
     ddof=0, of summed scores (arXiv:2106.05974).
     """
     counts = _double(counts)
-    return counts.std(-1, correction=ddof) / counts.mean(-1)
+    squares = (counts - counts.mean(-1, keepdim=True)).square().sum(-1)
+    free = counts.shape[-1] - ddof
+    return (squares / free if free > 0 else squares * torch.nan).sqrt() / counts.mean(-1)
 
 
 def dead_fraction(counts: Array, threshold: float = 0.05) -> Tensor:

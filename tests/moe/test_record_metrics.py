@@ -45,6 +45,11 @@ def test_balance_by_hand(measure, even, collapsed):
     assert measure(torch.zeros(8)).isnan()
 
 
+def test_one_expert_has_no_sample_deviation():
+    assert metrics.coefficient_of_variation(torch.tensor([3])).isnan()
+    assert metrics.coefficient_of_variation(torch.tensor([3]), ddof=0).item() == 0
+
+
 def test_dead_is_relative_to_the_fair_share():
     """An even load over 256 experts has no dead one, though each has 0.4 % of it."""
     assert metrics.dead_fraction(torch.full((256,), 10)).item() == 0
