@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "draw the routing of recorded runs as one HTML file",
     ),
     "export": ("gatewright.tools.export", "turn a training run into safetensors weights and a JSON configuration"),
+    "import-routing": (
+        "gatewright.tools.dashboard.importers",
+        "make a routing log of counts, of Megatron-LM's routing trace or of router logits",
+    ),
     "routers": ("gatewright.tools.routers", "list the routers, or show one with its options"),
 }
 
