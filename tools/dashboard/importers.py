@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if log.options.get("experts") == "seen":
             print(f"  the trace does not say how many experts there are: {experts} were seen; --experts says otherwise")
-    shown = " ".join(str(made) for made in runs[:5])
+    # Those of one model: others have another shape and are not compared.
+    shown = " ".join(str(made) for made in runs if made.parent == runs[0].parent)
     print(f"look at {'it' if len(runs) == 1 else 'them'}: gatewright dashboard {shown} --out report.html")
     return 0
 
