@@ -52,7 +52,8 @@ class Recorder:
         run: the run's folder; the log is ``run/routing``. Where there is one of the same model, it is gone on with.
         every: optimizer steps a window.
         structure_every: optimizer steps between two looks at which experts occur together; 0 = never.
-        sample: tokens of a layer and forward whose logits are looked at; 0 = all. Counts are always of all.
+        sample: tokens of a layer and forward whose logits and scores are looked at; 0 = all. Counts are always of all.
+        sample_every: optimizer steps between two such looks; the first step of a window has one.
         group: the ranks that share the batch; by default all.
 
     Raises:
@@ -68,12 +69,16 @@ class Recorder:
         every: int = 10,
         structure_every: int = 500,
         sample: int = 256,
+        sample_every: int = 4,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        for name, value, least in (("every", every, 1), ("structure_every", structure_every, 0), ("sample", sample, 0)):
+        options = {"every": every, "structure_every": structure_every, "sample": sample, "sample_every": sample_every}
+        for name, value in options.items():
+            least = 1 if name in ("every", "sample_every") else 0
             if value < least:
                 raise ValueError(f"{name}={value}: choose at least {least}")
-        self.model, self.every, self.structure_every, self.group = model, every, structure_every, group
+        self.model, self.group = model, group
+        self.every, self.structure_every, self.sample_every = every, structure_every, sample_every
         self.modules, self.layers, banks = self._find_layers()
         if not self.modules:
             raise ValueError(f"{type(model).__name__} has no {self._looked_for}: there is no routing to record")
@@ -83,18 +88,17 @@ class Recorder:
         self._scalars: dict[str, list[tuple[int, Any]]] = {}
         self._first: int | None = None
         self._last: int | None = None
-        self._started = self._closed = False
+        self._started = self._closed = self._paused = False
         self._steps = 0
         self._structure_step: int | None = None
         self._loss_keys: list[tuple[int, str]] | None = None
         self._in_flight: list[_Copy] = []
         self._probed: _Probed | None = None
         self._probe: tuple[Callable[[], Any], Mapping[str, Labels], int] | None = None
-        options = {"every": every, "structure_every": structure_every, "sample": sample, "ranks": ranks.world()}
         self._log: LogWriter | None = None
         error = None
         try:
-            self._log = LogWriter(run, self.layers, options) if ranks.rank() == 0 else None
+            self._log = LogWriter(run, self.layers, options | {"ranks": ranks.world()}) if ranks.rank() == 0 else None
         except (OSError, ValueError) as raised:
             error = raised
         if ranks.world() > 1:
@@ -145,7 +149,7 @@ class Recorder:
         context = TokenContext.for_tokens(x) if context is None else context
         if self._probed is not None:
             self._probed.add(layer, output[1], context)
-        elif module.training and torch.is_grad_enabled() and not is_recomputing():
+        elif not self._paused and module.training and torch.is_grad_enabled() and not is_recomputing():
             self._sums.add(layer, output[1], context.real_T, context.length)
 
     def step(self, step: int, **scalars: float | Tensor) -> None:
@@ -168,6 +172,7 @@ class Recorder:
         self._sums.with_structure = self.structure_every > 0 and self._steps % self.structure_every == 0
         if (step + 1) % self.every == 0:
             self._send()
+        self._sums.look_closely = self._first is None or (step + 1 - self._first) % self.sample_every == 0
         self._receive(wait=False)
         if self._probe is not None and (step + 1) % self._probe[2] == 0:
             self.run_probe(step + 1)
@@ -187,6 +192,15 @@ class Recorder:
             self._send()
         self._receive(wait=True)
         return self.window
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are not counted: training forwards that are no training."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def probe(self, run: Callable[[], Any], *, labels: Mapping[str, Labels] | None = None, every: int) -> None:
         """From now on runs a frozen batch every ``every`` steps, and records each layer's exact decisions for it.
@@ -491,7 +505,9 @@ class _Copy:
     def window(self, values: np.ndarray, layers: int, experts: int) -> Window:
         parts = self.parts(values)
         window = Window.zeros(*self.span, layers, experts)
-        for name, part in zip(self.names, parts, strict=False):
+        sums = dict(zip(self.names, parts, strict=False))
+        sums["requested"] = sums["counts"] + sums.pop("dropped")
+        for name, part in sums.items():
             setattr(window, name, _whole(part) if getattr(window, name).dtype.kind == "i" else part.copy())
         if self.losses:
             total, number = parts[len(self.names)]

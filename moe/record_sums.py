@@ -51,18 +51,19 @@ class _Seen:
     tokens: int | Tensor
     load: Tensor
     requested: Tensor | None
-    chosen: Tensor
-    logits: Tensor | None
-    scores: Tensor | None
-    valid: Tensor | None
     sigmoid: bool
-    mask: Tensor | None
+    chosen: Tensor | None = None
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+    valid: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def shapes(self) -> tuple:
         """Layers with equal ones are reduced together."""
-        parts = (self.load, self.requested, self.chosen, self.logits, self.scores, self.valid)
-        return (*((None if part is None else (part.shape, part.dtype, part.device)) for part in parts), self.sigmoid)
+        parts = (self.valid, self.load, self.requested, self.chosen, self.logits, self.scores)
+        kinds = ((part.shape, part.dtype, part.device) if part is not None else None for part in parts)
+        return (*kinds, self.sigmoid, isinstance(self.tokens, Tensor))
 
 
 class RoutingSums:
@@ -70,6 +71,10 @@ class RoutingSums:
     Args:
         banks: one a layer.
         sample: tokens of a layer and forward that are looked at closely; 0 = all.
+
+    Attributes:
+        look_closely: whether the next forwards are looked at, or counted alone.
+        with_structure: whether it is added up which experts their tokens have together.
     """
 
     def __init__(self, banks: list[Bank], sample: int) -> None:
@@ -79,6 +84,7 @@ class RoutingSums:
         self.loss_keys: list[tuple[int, str]] = []
         self.losses: Tensor | None = None
         self.structure: dict[str, Tensor] = {}
+        self.look_closely = True
         self.with_structure = False
         self._seen: dict[int, _Seen] = {}
         self._pending_losses: dict[tuple[int, str], Tensor] = {}
@@ -90,7 +96,7 @@ class RoutingSums:
         vectors = ("tokens", "sampled", "entropy_sum", "mass_sum", "z_sum", "logit_square_sum")
         return {name: (layers,) for name in vectors} | {
             "counts": (layers, self.experts),
-            "requested": (layers, self.experts),
+            "dropped": (layers, self.experts),
             "score_sum": (layers, self.experts),
             "margin_histogram": (layers, BINS),
             "active_histogram": (layers, ACTIVE),
@@ -129,27 +135,27 @@ class RoutingSums:
         bank = self.banks[layer]
         reference = next(t for t in (routing.index, routing.expert, routing.dispatch, routing.logits) if t is not None)
         self.allocate(reference.device)
-        rows = self._rows(routing.num_tokens, reference.device)
-
-        def sampled(values: Tensor) -> Tensor:
-            values = values.detach()
-            values = values if rows is None else values.index_select(0, rows)
-            return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-        chosen, mask = self._chosen(routing, sampled, bank.size)
-        logits, scores = routing.logits, routing.scores
         tokens, taking_T = self._tokens(routing, bank, real_T)
-        self._seen[layer] = _Seen(
-            tokens=tokens,
-            load=self._load(routing),
-            requested=routing.requested,
-            chosen=chosen,
-            logits=None if logits is None else bank.columns(sampled(logits)),
-            scores=None if scores is None else bank.columns(sampled(scores)),
-            valid=None if taking_T is None else sampled(taking_T),
-            sigmoid=sigmoid,
-            mask=mask() if self.with_structure else None,
-        )
+        seen = _Seen(tokens=tokens, load=self._load(routing), requested=routing.requested, sigmoid=sigmoid)
+        if self.look_closely and (routing.logits is not None or routing.scores is not None):
+            rows = self._rows(routing.num_tokens, reference.device)
+
+            def sampled(values: Tensor | None) -> Tensor | None:
+                if values is None:
+                    return None
+                values = values.detach() if rows is None else values.detach().index_select(0, rows)
+                return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+            ids = routing.index if routing.selected is None else None
+            seen.chosen = sampled(self._chosen(routing, bank.size) if ids is None else ids)
+            seen.valid = sampled(taking_T)
+            if routing.logits is not None:
+                seen.logits = bank.columns(sampled(routing.logits))
+            if routing.scores is not None:
+                seen.scores = bank.columns(sampled(routing.scores))
+        if self.with_structure:
+            seen.mask = self._chosen(routing, bank.size)
+        self._seen[layer] = seen
         if routing.requested is not None and routing.index is not None:
             self._add_drops(layer, routing, bank, length)
         self._pending_losses.update({(layer, name): value.detach() for name, value in routing.losses.items()})
@@ -181,17 +187,16 @@ class RoutingSums:
             return routing.index
         return routing.load_E().double()
 
-    def _chosen(self, routing: Routing, sampled, size: int):
-        """The sampled tokens' choice, as ids [n, K] or a mask [n, size]; and how to get the mask of all tokens."""
-        if routing.selected is None and routing.index is not None:
-            return sampled(routing.index), lambda: _mask(routing.index, size)
-        mask = routing.selected
-        if mask is None and routing.dispatch is not None:
-            mask = torch.ones(routing.num_tokens, size, dtype=torch.bool, device=routing.dispatch.device)
-        elif mask is None:
-            mask = torch.zeros(routing.num_tokens * size, dtype=torch.bool, device=routing.expert.device)
-            mask = mask.index_fill_(0, routing.token * size + routing.expert, True).view(-1, size)
-        return sampled(mask), lambda: mask
+    def _chosen(self, routing: Routing, size: int) -> Tensor:
+        """[T, size] bool: which experts each token has."""
+        if routing.selected is not None:
+            return routing.selected
+        if routing.index is not None:
+            return _mask(routing.index, size)
+        if routing.dispatch is not None:
+            return torch.ones(routing.num_tokens, size, dtype=torch.bool, device=routing.dispatch.device)
+        cells = torch.zeros(routing.num_tokens * size, dtype=torch.bool, device=routing.expert.device)
+        return cells.index_fill_(0, routing.token * size + routing.expert, True).view(-1, size)
 
     def _add_drops(self, layer: int, routing: Routing, bank: Bank, length: int) -> None:
         """Dropped and requested assignments by sixteenth of the sequence."""
@@ -230,16 +235,18 @@ class RoutingSums:
         seen, bank = [self._seen[layer] for layer in layers], self.banks[layers[0]]
         counts = self._counts([s.load for s in seen], bank)
         self._add("counts", layers, counts)
-        asked = counts if seen[0].requested is None else self._counts([s.requested for s in seen], bank)
-        self._add("requested", layers, asked)
-        numbers = {s.tokens for s in seen if isinstance(s.tokens, int)}
-        if len(numbers) == 1 and len(layers) == len(self.banks):
-            self.sums["tokens"] += numbers.pop()
+        if seen[0].requested is not None:
+            self._add("dropped", layers, self._counts([s.requested for s in seen], bank) - counts)
+        tokens = [s.tokens for s in seen]
+        if isinstance(tokens[0], Tensor):
+            self._add("tokens", layers, torch.stack(tokens))
+        elif len(set(tokens)) == 1 and len(layers) == len(self.banks):
+            self.sums["tokens"] += tokens[0]
         else:
-            for layer, s in zip(layers, seen, strict=True):
-                self.sums["tokens"][layer] += s.tokens
-        if seen[0].logits is not None or seen[0].scores is not None:
-            self._look_closely(layers, seen, bank)
+            for layer, number in zip(layers, tokens, strict=True):
+                self.sums["tokens"][layer] += number
+        if seen[0].chosen is not None:
+            self._sum_sample(layers, seen, bank)
 
     def _counts(self, loads: list[Tensor], bank: Bank) -> Tensor:
         """[G, E] of ids, or of counts as they are."""
@@ -257,7 +264,7 @@ class RoutingSums:
             self._cache[key] = torch.ones((), dtype=torch.float64, device=like.device)
         return self._cache[key].expand(like.shape)
 
-    def _look_closely(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
+    def _sum_sample(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
         """Sums over the sampled tokens n of a group of layers."""
         chosen = torch.stack([s.chosen for s in seen])
         chosen_GnE = bank.columns(chosen if chosen.dtype == torch.bool else _mask(chosen, bank.size))

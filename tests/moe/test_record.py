@@ -107,7 +107,7 @@ def test_every_router_is_counted_as_by_a_loop(case, tmp_path):
     layer = MoELayer(case.create(), ExpertSpec(case.width, 4))
     context = case.context
     real = torch.ones(context.num_tokens, dtype=torch.bool) if context.real_T is None else context.real_T
-    with Recorder(layer, tmp_path, every=1, sample=0) as recorder:
+    with Recorder(layer, tmp_path, every=1, sample=0, sample_every=1) as recorder:
         expected: dict = {}
         losses: dict[str, list[float]] = {}
         for scale in (1.0, -1.5):
@@ -136,11 +136,11 @@ def test_every_router_is_counted_as_by_a_loop(case, tmp_path):
 def test_windows_are_of_whole_steps_and_add_up(tmp_path):
     """Whatever the micro-batches, the same tokens give the same window."""
     model = Model(top_k=2, balance_weight=0.1)
-    with Recorder(model, tmp_path / "whole", every=3, sample=0, structure_every=1) as whole:
+    with Recorder(model, tmp_path / "whole", every=3, sample=0, sample_every=1, structure_every=1) as whole:
         for step in range(6):
             backward(*model(tokens(step, batch=4)))
             whole.step(step, loss=torch.tensor(1.0 + step), lr=0.1)
-    with Recorder(model, tmp_path / "parts", every=3, sample=0, structure_every=1) as parts:
+    with Recorder(model, tmp_path / "parts", every=3, sample=0, sample_every=1, structure_every=1) as parts:
         for step in range(6):
             for part in tokens(step, batch=4).split(1):
                 backward(*model(part))
@@ -179,7 +179,7 @@ def test_recomputation_counts_once(tmp_path):
     windows = []
     for recompute in (False, True):
         model.checkpoint = recompute
-        with Recorder(model, tmp_path / str(recompute), every=1, sample=0) as recorder:
+        with Recorder(model, tmp_path / str(recompute), every=1, sample=0, sample_every=1) as recorder:
             backward(*model(tokens(0)))
             recorder.step(0)
             windows.append(recorder.window)
@@ -203,16 +203,16 @@ def test_evaluation_is_not_training(tmp_path):
 
 def test_a_sample_is_looked_at_and_all_are_counted(tmp_path):
     model = Model(experts=(4, 4, 4), top_k=1)
-    with Recorder(model, tmp_path, every=4, sample=32) as recorder:
-        for step in range(4):
+    with Recorder(model, tmp_path, every=8, sample=32, sample_every=2) as recorder:
+        for step in range(8):
             model(tokens(step, batch=40))
             recorder.step(step)
     window = recorder.window
-    assert window.sampled.tolist() == [4 * 32] * 3 and window.tokens.tolist() == [4 * 40 * LENGTH] * 3
+    assert window.sampled.tolist() == [4 * 32] * 3 and window.tokens.tolist() == [8 * 40 * LENGTH] * 3
     assert np.allclose(window.score_sum.sum(1), 4 * 32) and window.active_histogram.sum() == 3 * 4 * 32
     share = window.score_sum / window.sampled[:, None]
-    with Recorder(model, tmp_path / "all", every=4, sample=0) as everything:
-        for step in range(4):
+    with Recorder(model, tmp_path / "all", every=8, sample=0, sample_every=1) as everything:
+        for step in range(8):
             model(tokens(step, batch=40))
             everything.step(step)
     exact = everything.window.score_sum / everything.window.sampled[:, None]
@@ -374,7 +374,7 @@ def check_ranks(folder: str) -> tuple[list, int]:
     """Each rank has tokens of its own, and one of them more micro-batches."""
     rank = torch.distributed.get_rank()
     model = Model(top_k=2, balance_weight=0.1)
-    with Recorder(model, folder, every=2, sample=0, structure_every=1) as recorder:
+    with Recorder(model, folder, every=2, sample=0, sample_every=1, structure_every=1) as recorder:
         for step in range(4):
             for part in range(1 + rank):
                 model(tokens(10 * step + rank + part))
@@ -389,7 +389,7 @@ def test_counts_are_summed_over_ranks_before_any_ratio(ranks, tmp_path):
     per_rank = ranks(2).run(check_ranks, str(tmp_path / "two"))
     assert per_rank[0] == per_rank[1]
     model = Model(top_k=2, balance_weight=0.1)
-    with Recorder(model, tmp_path / "one", every=2, sample=0, structure_every=1) as recorder:
+    with Recorder(model, tmp_path / "one", every=2, sample=0, sample_every=1, structure_every=1) as recorder:
         for step in range(4):
             for seed in (0, 1, 2):
                 model(tokens(10 * step + seed))
