@@ -7,7 +7,7 @@ all of it, so the tab reads that, while training writes it. TensorBoard finds th
 
     GET index.js, tab.css, dashboard.js, dashboard.css      the page (``page/``)
     GET runs                  {"logdir": ..., "runs": [{"name": ..., "changed": ...}]}
-    GET data?run=A&run=B      what ``page_data`` makes of these runs, or {"error": ...}
+    GET data?run=A&run=B      what ``page_data`` makes of these runs, or {"message": why it cannot}
 
 A run is asked for by a name of the list, never by a path. Neither links nor anything but plain files are followed, so
 that nothing outside the log folder can be read.
@@ -90,7 +90,8 @@ class RoutingPlugin(base_plugin.TBPlugin):
                 try:
                     self._made[state] = _page_data({name: runs[name] for name in names})
                 except (ValueError, OSError, ImportError) as error:
-                    return _error(400, " ".join(str(error).split()))
+                    # Not an error of HTTP: a run that has only begun, say, or runs that cannot be compared.
+                    return 200, json.dumps({"message": " ".join(str(error).split())}).encode()
                 while len(self._made) > CACHED:
                     self._made.popitem(last=False)
             self._made.move_to_end(state)

@@ -27,7 +27,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 async function ask(path) {
-  const answer = await fetch(path);
+  const answer = await fetch(new URL(path, import.meta.url));
   const content = await answer.json();
   if (!answer.ok) throw new Error(content.error ?? answer.statusText);
   return content;
@@ -36,11 +36,17 @@ async function ask(path) {
 class Tab {
   constructor(body) {
     this.choice = make("fieldset", {}, make("legend", {}, "Runs"));
+    this.choice.hidden = true;
     this.live = make("input", { type: "checkbox", id: "live", checked: "", onchange: () => this.live.checked && this.look() });
     this.state = make("output", { role: "status" });
     this.page = make("div", { id: "gatewright" });
     this.message = make("p", { class: "message", hidden: "" });
-    body.append(make("nav", { class: "runs", "aria-label": "Runs" }, this.choice, make("span", { class: "live" }, this.state, make("label", {}, this.live, " follow"))), this.message, this.page);
+    // Keys that are for the boxes are not for the dashboard.
+    const nav = make("nav", { class: "runs", "aria-label": "Runs", onkeydown: (event) => event.stopPropagation() },
+      this.choice, make("span", { class: "live" }, this.state, make("label", {}, this.live, " follow")));
+    body.append(nav, this.message, this.page);
+    const dark = window.parent !== window && window.parent.document.body.classList.contains("dark-mode");
+    if (dark) this.page.gatewrightState = { theme: "dark" };
     this.runs = [];
     this.chosen = null; // names; null until there are runs
     this.drawn = "";
@@ -107,6 +113,7 @@ class Tab {
     const start = performance.now();
     if (!this.drawn) this.state.textContent = "reading the log …";
     const data = await ask(`data?${new URLSearchParams(this.chosen.map((name) => ["run", name]))}`);
+    if (data.message) { this.say(data.message); return; }
     await mount(this.page, data);
     this.page.hidden = false;
     this.message.hidden = true;
