@@ -23,6 +23,7 @@ step to step, so what moves, and what experts are for, can only be seen there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,7 +211,7 @@ class Recorder:
                 evaluation mode, without gradient, and leaves the random state as it was; on every rank, which all give
                 it the same data.
             labels: by name one class for each token or sample: numbers or texts. What the context tells is added:
-                "token" (ids), "position", or "patch" where there is a grid.
+                "token" (ids), "position", or "patch" where there is a grid, and quarters of the "timestep"s' range.
         """
         if every < 1:
             raise ValueError(f"every={every}: choose at least 1")
@@ -538,6 +539,9 @@ class _Probed:
             self._context.setdefault("patch" if context.grid else "position", []).append(position)
             if context.token_ids is not None:
                 self._context.setdefault("token", []).append(context.token_ids.flatten().cpu())
+            if context.timestep is not None:
+                timestep = context.timestep.detach().float().cpu().repeat_interleave(context.length)
+                self._context.setdefault("timestep", []).append(timestep)
 
     def index(self) -> list[np.ndarray]:
         """[N, K] a layer, the forwards one after the other."""
@@ -574,6 +578,8 @@ class _Probed:
                     f"row {row}, column {column}" for row in range(self._grid[0]) for column in range(self._grid[1])
                 ]
                 labels.setdefault(name, (joined.astype(np.int32), names))
+            elif name == "timestep":
+                labels.setdefault(name, _quarters(joined))
             else:
                 labels.setdefault(name, (joined.astype(np.int32), []))
         return labels
@@ -603,6 +609,13 @@ def _classes(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
         return values.astype(np.int32), []
     names, places = np.unique(values.astype(str), return_inverse=True)
     return places.astype(np.int32), names.tolist()
+
+
+def _quarters(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Which quarter of their range numbers lie in, and what the quarters are called."""
+    edges = np.linspace(values.min(), values.max(), 5)
+    names = [f"{low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges.tolist())]
+    return np.searchsorted(edges[1:-1], values, side="right").astype(np.int32), names
 
 
 def measures(window: Window, layers: Sequence[LayerInfo], before: Window | None = None) -> dict[str, np.ndarray]:

@@ -5,7 +5,8 @@
 
     loss = objective (flow: mean (v(x_s, s) - (eps - x_0))^2) + sum over MoE blocks of the router's losses
 
-A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``samples.png``.
+A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``routing/`` (what the
+routers did: ``gatewright dashboard RUN``), ``samples.png``.
 ``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
 rank sees and draws in a step follows from the seed and the step alone, so a run is the same on every layout up to
 rounding.
@@ -208,7 +209,7 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     saved = resumed and find_latest(run / "checkpoints") is not None
     first_step = load_checkpoint(engine, run / "checkpoints")["step"] if saved else 0
     ema = EMA(engine, decay=args.ema)
-    monitor, log = RoutingMonitor(model, config.top_k), RunLog(run, args, first_step)
+    monitor, log = RoutingMonitor(model, run, every=args.log_every), RunLog(run, args, first_step)
     micro_batches = engine.gradient_accumulation_steps()
     highest_rates = [group["lr"] for group in engine.optimizer.param_groups]
 
@@ -228,7 +229,6 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
                     f"step {step}: the loss is {means}{blame(model, objective, images, labels, batch.draw)}"
                 )
             totals = {name: totals.get(name, 0.0) + value / micro_batches for name, value in means.items()}
-            monitor.add(result.routings)
             engine.backward(result.total)
             engine.step()
         if engine.was_step_applied():
@@ -236,14 +236,20 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
             ema.update(step + 1)
         totals["grad_norm"] = global_grad_norm(engine)
         log.step(step, totals)
+        monitor.step(step, totals)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             log.routing(step, monitor.collect())
         if done % args.eval_every == 0 or done == args.steps:
             with ema.applied():
-                log.validation(step, validate(objective, model, data, args, rank, ranks))
+                losses = validate(objective, model, data, args, rank, ranks)
+            log.validation(step, losses)
+            monitor.log(step, {f"validation/{name}": value for name, value in losses.items()})
+            monitor.probe(done, objective, model, *validation_images(data, args))
         if done % args.save_every == 0 or done == args.steps:
+            monitor.collect()  # a window that reached beyond the checkpoint would be lost by going on from it
             save_checkpoint(engine, run / "checkpoints", extra={"step": done})
+    monitor.close()
     with ema.applied():
         picture = draw_picture(objective, model, data, args, run)
     log.close(picture)
@@ -350,9 +356,14 @@ def blame(model: torch.nn.Module, objective, images: Tensor, labels: Tensor, dra
 
 
 def validate(objective, model, data: Data, args: argparse.Namespace, rank: int, ranks: int) -> dict[str, float]:
-    count = min(args.validation_images, len(data.validation))
-    images, labels = data.validation.images(range(count)), data.validation.labels[:count]
+    images, labels = validation_images(data, args)
     return validation_loss(objective, model, images, labels, rank=rank, ranks=ranks)
+
+
+def validation_images(data: Data, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The held-out images that are scored, and their labels."""
+    count = min(args.validation_images, len(data.validation))
+    return data.validation.images(range(count)), data.validation.labels[:count]
 
 
 def draw_picture(objective, model, data: Data, args: argparse.Namespace, run: Path) -> Path:
@@ -431,7 +442,7 @@ class RunLog:
             self.writer.close()
             print(
                 f"run {self.run}: samples in {picture}, checkpoint in {find_latest(self.run / 'checkpoints')}, log by "
-                f"`tensorboard --logdir {self.run / 'tensorboard'}`, more samples by "
+                f"`tensorboard --logdir {self.run}`, more samples by "
                 f"`python recipes/sample_dit.py {self.run}`"
             )
 

@@ -253,7 +253,7 @@ def test_the_probe_keeps_every_decision_and_its_labels(tmp_path):
     model = Model(experts=(4, 6), top_k=2)
     x = tokens(7, batch=2)
     ids = torch.arange(2 * LENGTH).view(2, LENGTH)
-    context = TokenContext.for_tokens(x, token_ids=ids, grid=(2, 3))
+    context = TokenContext.for_tokens(x, token_ids=ids, grid=(2, 3), timestep=torch.tensor([0.0, 800.0]))
     model.eval()
     model.blocks[0].train()
     with Recorder(model, tmp_path, every=10) as recorder:
@@ -272,6 +272,8 @@ def test_the_probe_keeps_every_decision_and_its_labels(tmp_path):
     assert log.probe_labels["class"][0].tolist() == [1] * LENGTH + [0] * LENGTH
     assert log.probe_labels["class"][1] == ["a", "b"] and log.probe_labels["mark"][0].tolist() == list(range(12))
     assert log.probe_labels["token"][0].tolist() == list(range(12))
+    assert log.probe_labels["timestep"][0].tolist() == [0] * LENGTH + [3] * LENGTH
+    assert log.probe_labels["timestep"][1] == ["0 to 200", "200 to 400", "400 to 600", "600 to 800"]
     assert log.probe_labels["patch"][1][4] == "row 1, column 1" and log.probe_labels["patch"][0].tolist()[:7] == [
         0, 1, 2, 3, 4, 5, 0,
     ]  # fmt: skip
