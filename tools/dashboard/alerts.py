@@ -12,9 +12,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from ...moe.metrics import collapse_aware_entropy
+from ...moe.metrics import collapse_aware_entropy, load_drift, saturation
 from ...moe.record_log import RoutingLog
 
 COLLAPSED = 0.5  # collapse-aware entropy below this
@@ -87,7 +86,7 @@ def _load_alerts(log: RoutingLog, layer: int) -> list[Alert]:
         top = _largest(now, few)
         since = _since(log, requested, lambda load: _entropy(load, top_k) < COLLAPSED)
         sentence = (
-            f"{name} has collapsed: {_experts(top)} of {experts} take {_percent(now[top].sum() / now.sum())} of "
+            f"{name} has collapsed: {_experts(top)} {_take(top)} {_percent(now[top].sum() / now.sum())} of "
             f"assignments; balanced would be {_percent(few / experts)}{_when(log, since)}"
         )
         return [Alert("collapse", layer, since, tuple(top), sentence)]
@@ -118,16 +117,16 @@ def _busiest(now: np.ndarray, test: Callable[[np.ndarray], bool]) -> bool:
 
 
 def _entropy(load: np.ndarray, top_k: float) -> float:
-    return float(collapse_aware_entropy(torch.from_numpy(load), min(top_k, len(load))))
+    return float(collapse_aware_entropy(load, min(top_k, len(load))))
 
 
 def _outside(now: np.ndarray, top_k: float, test: Callable[[np.ndarray], np.ndarray], *, above: bool) -> list[int]:
-    """The experts that pass the test and lie outside the null band, the most extreme first."""
+    """The experts that pass the test and lie outside the null band."""
     fair = now.mean()
     deviation = math.sqrt(max(fair * (1 - min(1.0, top_k / len(now))), 1e-12))
     z = (now - fair) / deviation
     passed = np.flatnonzero(test(now / fair) & ((z > SIGNIFICANT) if above else (z < -SIGNIFICANT)))
-    return sorted(passed.tolist(), key=lambda expert: (-now[expert] if above else now[expert], expert))
+    return passed.tolist()
 
 
 def _largest(load: np.ndarray, few: int) -> list[int]:
@@ -210,7 +209,7 @@ def _drift_alerts(log: RoutingLog, layer: int) -> list[Alert]:
     loads = [log.requested[chunk][:, layer, :experts].sum(0).astype(float) for chunk in pieces]
     if len(pieces) < 10 or experts < 2 or min(load.sum() for load in loads) <= 0:
         return []
-    moved = [float(abs(a / a.sum() - b / b.sum()).sum() / 2) for a, b in zip(loads, loads[1:], strict=False)]
+    moved = [float(load_drift(a, b)) for a, b in zip(loads, loads[1:], strict=False)]
     noise = math.sqrt(experts / (math.pi * min(load.sum() for load in loads)))
     rest, place = _moved_again(moved, noise)
     if place is None:
@@ -224,13 +223,8 @@ def _drift_alerts(log: RoutingLog, layer: int) -> list[Alert]:
 
 
 def share_moved(before: np.ndarray, after: np.ndarray) -> float:
-    """``1 - mean_n |before(n) & after(n)| / max(|before(n)|, |after(n)|)`` for ids [N, K] of the same tokens, -1 =
-    none. NaN where no token has an expert."""
-    there = (before >= 0).sum(1), (after >= 0).sum(1)
-    size = np.maximum(*there)
-    shared = ((before[:, :, None] == after[:, None, :]) & (before >= 0)[:, :, None]).sum((1, 2))
-    routed = size > 0
-    return float(1 - (shared[routed] / size[routed]).mean()) if routed.any() else math.nan
+    """Which share of the experts that a token has it did not have before. ids [N, K] of the same tokens, -1 = none"""
+    return float(1 - saturation(before, after))
 
 
 def _moved_again(moved: list[float], noise: float) -> tuple[float, int | None]:

@@ -1,9 +1,10 @@
-"""What the page draws, computed from routing logs: `page_data(logs)` is JSON, arrays packed into one compressed string a
-run.
+"""What the page draws, computed from routing logs: `page_data(logs)` is JSON, the arrays of a run packed into one
+compressed string.
 
 Large runs are thinned, and the page says so: curves have at most ``MOST_WINDOWS`` points (neighbouring windows are
 added up, so no token is lost), the load map at most ``MOST_CELLS`` cells, and matrices [E, E] are of evenly spaced
-layers. Arrays are quantised where a picture cannot tell: linearly to 16 bits, or 8 bits on a log2 scale (steps of 3.3 %).
+layers. Arrays are quantised where a picture cannot tell: linearly to 16 bits, or to 8 on a log2 scale
+(steps of 3.3 %).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import gzip
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ... import __version__
 from ...moe import metrics
@@ -32,7 +33,7 @@ MOST_CELLS = 320_000
 MOST_PAIRS = 200_000
 MOST_PROBES = 24
 MOST_POINTS = 400
-MOST_LABELS = 48  # with more values a label is shown as chips, not as a panel
+MOST_LABELS = 48  # with more values a label is shown as chips, not as a panel, unless they form a grid
 PERMUTATIONS = 20
 ENOUGH = 10  # occurrences below which a token id says nothing
 
@@ -192,53 +193,38 @@ def _curves(log: RoutingLog, top_k: list[float], blob: _Blob) -> dict[str, Any]:
     """Every measure [S, L] that was recorded."""
     windows, layers = log.tokens.shape
     named: dict[str, np.ndarray] = {}
-
-    def curve(name: str) -> np.ndarray:
-        return named.setdefault(name, np.full((windows, layers), np.nan))
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for layer, info in enumerate(log.layers):
-            experts, k = info.experts, top_k[layer]
-            if not experts:
-                continue
-            requested = log.requested[:, layer, :experts].astype(np.float64)
-            counts = torch.from_numpy(requested)
-            load = requested / requested.sum(-1, keepdims=True)
-            if not math.isnan(k):
-                curve("collapse_aware_entropy")[:, layer] = metrics.collapse_aware_entropy(counts, min(k, experts))
-            curve("max_violation")[:, layer] = metrics.max_violation(counts)
-            dead = (load < 0.05 / experts).mean(-1)
-            curve("dead")[:, layer] = np.where(requested.sum(-1) > 0, dead, np.nan)
-            curve("drift")[1:, layer] = abs(load[1:] - load[:-1]).sum(-1) / 2
-            sampled = np.where(log.sampled[:, layer] > 0, log.sampled[:, layer], np.nan).astype(float)
-            mean_score = log.score_sum[:, layer, :experts] / sampled[:, None]
-            # a router without scores leaves these sums at zero
-            mean_score[mean_score.sum(-1) <= 0] = np.nan
-            known = np.where(np.isnan(mean_score.sum(-1)), np.nan, 1.0)
-            most = math.log(experts) if experts > 1 else 1.0
-            token_entropy = log.entropy_sum[:, layer] / sampled * known
-            curve("balance")[:, layer] = experts * (load * mean_score).sum(-1)
-            mixture = -np.where(mean_score > 0, mean_score * np.log(mean_score), mean_score * 0).sum(-1)
-            curve("information")[:, layer] = np.maximum(0, mixture - token_entropy) / most
-            curve("token_entropy")[:, layer] = token_entropy / most
-            curve("mass")[:, layer] = log.mass_sum[:, layer] / sampled * known
-            logits = np.where(log.logit_square_sum[:, layer] > 0, 1.0, np.nan)
-            curve("z")[:, layer] = log.z_sum[:, layer] / sampled * logits
-            curve("logit_scale")[:, layer] = np.sqrt(log.logit_square_sum[:, layer] / sampled)
-            curve("logit_scale")[:, layer] *= logits
-            margins = log.margin_histogram[:, layer]
-            curve("close_calls")[:, layer] = margins[:, : _tenth(log)].sum(-1) / margins.sum(-1)
-        asked = log.drops[..., 1].sum(-1)
-        named["drop_rate"] = log.drops[..., 0].sum(-1) / np.where(asked > 0, asked, np.nan)
-        unknown = np.isnan(named["drop_rate"])
-        lost = 1 - log.counts.sum(-1) / log.requested.sum(-1)
-        named["drop_rate"][unknown] = lost[unknown]
+    for layer, info in enumerate(log.layers):
+        measured = _measures(log, layer, info.experts, top_k[layer]) if info.experts and windows else {}
+        for name, values in measured.items():
+            named.setdefault(name, np.full((windows, layers), np.nan))[:, layer] = values
     return {name: blob.linear(values) for name, values in named.items() if np.isfinite(values).any()}
 
 
-def _tenth(log: RoutingLog) -> int:
-    """How many bins of margins lie below 0.1 standard deviations."""
-    return int(np.searchsorted(log.margin_edges, 0.1 * (1 + 1e-9), side="right")) - 1
+def _measures(log: RoutingLog, layer: int, experts: int, top_k: float) -> dict[str, Any]:
+    """Of one layer [S], NaN where it was not recorded."""
+    requested, scores = log.requested[:, layer, :experts], log.score_sum[:, layer, :experts]
+    # a router without scores or logits leaves their sums at zero
+    scored = np.where(scores.sum(-1) > 0, log.sampled[:, layer], 0)
+    with_logits = np.where(log.logit_square_sum[:, layer] > 0, log.sampled[:, layer], 0)
+    entropy_sum = np.where(scored > 0, log.entropy_sum[:, layer], np.nan)
+    made = {
+        "max_violation": metrics.max_violation(requested),
+        "dead": metrics.dead_fraction(requested),
+        "drop_rate": metrics.drop_rate(log.counts[:, layer, :experts], requested),
+        "balance": metrics.score_balance(requested, np.where(scored[:, None] > 0, scores, np.nan)),
+        "information": metrics.routing_information(scores, entropy_sum, scored),
+        "token_entropy": metrics.token_entropy(entropy_sum, scored, experts),
+        "mass": np.where(scored > 0, metrics.top_k_mass(log.mass_sum[:, layer], scored), np.nan),
+        "z": np.where(with_logits > 0, metrics.z_loss(log.z_sum[:, layer], with_logits), np.nan),
+        "logit_scale": np.where(
+            with_logits > 0, metrics.logit_rms(log.logit_square_sum[:, layer], with_logits), np.nan
+        ),
+        "close_calls": metrics.margin_below(log.margin_histogram[:, layer], log.margin_edges),
+        "drift": np.concatenate([[np.nan], metrics.load_drift(requested[:-1], requested[1:])]),
+    }
+    if not math.isnan(top_k):
+        made["collapse_aware_entropy"] = metrics.collapse_aware_entropy(requested, min(top_k, experts))
+    return {name: np.asarray(values) for name, values in made.items()}
 
 
 def _groups(size: int, most: int) -> list[np.ndarray]:
@@ -317,22 +303,16 @@ def _movement(log: RoutingLog, blob: _Blob, notices: list[str]) -> dict[str, Any
     probes = [log.probes[place] for place in chosen]
     layers, count = len(log.layers), len(probes)
     overlap, first, settled = np.full((layers, count, count), np.nan), np.full((layers, count), np.nan), []
+    pairs = list(zip(probes, probes[1:], strict=False))
     for layer, info in enumerate(log.layers):
         sets = [_sets(probe.index[layer], info.experts) for probe in probes]
         for i in range(count):
             for j in range(i, count):
                 overlap[layer, i, j] = overlap[layer, j, i] = _overlap(sets[i], sets[j])
         leading = np.stack([probe.index[layer][:, 0] for probe in probes])
-        routed = (leading >= 0).any(0)
-        if routed.any():
-            leading = leading[:, routed]
-            first[layer, 1:] = (leading[1:] != leading[:-1]).mean(1)
-            # kept[i]: share of tokens whose first expert is the final one from probe i on
-            kept = np.logical_and.accumulate((leading == leading[-1])[::-1])[::-1].mean(1)
-            stays = int(np.argmax(kept >= 0.95))
-            settled.append(probes[stays].step if stays < count - 1 else None)
-        else:
-            settled.append(None)
+        first[layer, 1:] = [metrics.fluctuation(probe.index[layer], later.index[layer]) for probe, later in pairs]
+        stays = metrics.settled_at(leading)
+        settled.append(probes[stays].step if stays < count - 1 else None)
     return {
         "steps": [probe.step for probe in probes],
         "tokens": len(probes[-1].index[0]),
@@ -362,7 +342,7 @@ def _structure(log: RoutingLog, top_k: list[float], blob: _Blob, notices: list[s
     if log.structure:
         step, together, onwards = log.structure[-1]
         made["step"] = int(step)
-        lift = np.stack([_lift(together[layer]) for layer in shown])
+        lift = np.stack([_lift(together[layer], log.layers[layer].experts) for layer in shown])
         made["tokens"] = [
             int(round(np.trace(together[layer]) / top_k[layer])) if top_k[layer] > 0 else None for layer in shown
         ]
@@ -371,7 +351,7 @@ def _structure(log: RoutingLog, top_k: list[float], blob: _Blob, notices: list[s
         pairs = [layer for layer in shown if layer < layers - 1]
         if pairs:
             made["flow_layers"] = pairs
-            made["flow"] = blob.logarithmic(np.stack([_flow_lift(onwards[layer]) for layer in pairs]), span=4.0)
+            made["flow"] = blob.logarithmic(np.asarray(metrics.flow_lift(onwards[pairs])), span=4.0)
     if log.similarity:
         step, rows = log.similarity[-1]
         made["cosine_step"] = int(step)
@@ -394,26 +374,11 @@ def _structure(log: RoutingLog, top_k: list[float], blob: _Blob, notices: list[s
     return made
 
 
-def _lift(together: np.ndarray) -> np.ndarray:
-    """P(j | i) (E - 1) / (k - 1); NaN on the diagonal and where k = 1."""
-    counts = np.diagonal(together).astype(np.float64)
-    pairs = together.astype(np.float64)
-    np.fill_diagonal(pairs, np.nan)
-    total, loaded = np.nansum(pairs), (counts > 0).sum()
-    if total <= 0 or loaded < 2:
-        return np.full_like(pairs, np.nan)
-    others = total / counts.sum()  # k - 1
-    with np.errstate(divide="ignore", invalid="ignore"):
-        given = np.where(counts[:, None] > 0, pairs / counts[:, None], 0) * (loaded - 1) / others
-    np.fill_diagonal(given, np.nan)
-    return given
-
-
-def _flow_lift(onwards: np.ndarray) -> np.ndarray:
-    joint = onwards.astype(np.float64)
-    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(expected > 0, joint * joint.sum() / expected, np.nan)
+def _lift(together: np.ndarray, experts: int) -> np.ndarray:
+    """Of the layer's own experts; NaN beyond them, on the diagonal and where k = 1."""
+    lift = np.full(together.shape, np.nan)
+    lift[:experts, :experts] = metrics.coactivation_lift(together[:experts, :experts])
+    return lift
 
 
 def cluster(distance: np.ndarray) -> tuple[list[int], list[list[float]]]:
@@ -450,7 +415,7 @@ def _meaning(log: RoutingLog, top_k: list[float], blob: _Blob, notices: list[str
         labels = np.searchsorted(present, values)
         labels = np.where(values >= 0, labels, -1)
         called = [names[value] if value < len(names) else str(value) for value in present]
-        make = _panel if len(present) <= MOST_LABELS else _chips
+        make = _panel if len(present) <= MOST_LABELS or _grid(called) else _chips
         sets.append({"name": name, **make(log, labels, called, top_k, blob, rng, notices)})
     return {"step": probe.step, "tokens": len(probe.index[0]), "sets": sets} if sets else None
 
@@ -477,12 +442,13 @@ def _panel(log, labels, called, top_k, blob, rng, notices) -> dict[str, Any]:
     }
 
 
+_PLACE = re.compile(r"(?:row )?(\d+), ?(?:column )?(\d+)")
+
+
 def _grid(called: Sequence[str]) -> list[list[int]] | None:
-    """Row and column of every label, where all are called "row,column"."""
-    places = [name.split(",") for name in called]
-    if all(len(place) == 2 and all(part.strip().isdigit() for part in place) for place in places):
-        return [[int(part) for part in place] for place in places]
-    return None
+    """Row and column of every label, where all are called "row 3, column 5" or "3,5"."""
+    places = [_PLACE.fullmatch(name) for name in called]
+    return [[int(place[1]), int(place[2])] for place in places] if all(places) else None
 
 
 def _chips(log, labels, called, top_k, blob, rng, notices) -> dict[str, Any]:
@@ -508,10 +474,8 @@ def _chips(log, labels, called, top_k, blob, rng, notices) -> dict[str, Any]:
             [_joint(rng.permutation(reduced), probe.index[layer], len(common), info.experts) for _ in range(5)]
         )
         context.append([_context(joint), float(np.mean([_context(made) for made in shuffled]))])
-        leading = probe.index[layer][:, :1]
-        first = _joint(reduced, leading, len(common), info.experts)
-        null = [_joint(rng.permutation(reduced), leading, len(common), info.experts) for _ in range(5)]
-        vocabulary.append([_commonest(first), float(np.mean([_commonest(made) for made in null]))])
+        first = metrics.vocabulary_specialization(probe.index[layer][:, 0], labels, info.experts, min_count=ENOUGH)
+        vocabulary.append([float(first.value), float(first.chance)])
     return {
         "kind": "chips",
         "names": [called[i] for i in common],
@@ -536,12 +500,7 @@ def _joint(labels: np.ndarray, index: np.ndarray, values: int, experts: int) -> 
 
 
 def _context(joint: np.ndarray) -> float:
-    return 1 - float(metrics.expert_information(torch.from_numpy(joint)))
-
-
-def _commonest(joint: np.ndarray) -> float:
-    total = joint.sum()
-    return float(joint.max(1).sum() / total) if total else math.nan
+    return float(metrics.context_dependence(joint))
 
 
 def _nmi_with_null(labels: np.ndarray, index: np.ndarray, values: int, experts: int, rng) -> list[float | None]:
@@ -552,19 +511,7 @@ def _nmi_with_null(labels: np.ndarray, index: np.ndarray, values: int, experts: 
 
 
 def _nmi(joint: np.ndarray) -> float:
-    total = joint.sum()
-    if not total:
-        return math.nan
-    p = joint / total
-    rows, columns = p.sum(1), p.sum(0)
-    information = _entropy(rows) + _entropy(columns) - _entropy(p.ravel())
-    scale = math.sqrt(_entropy(rows) * _entropy(columns))
-    return information / scale if scale > 0 else math.nan
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
+    return float(metrics.mutual_information(joint))
 
 
 def _rounded(rows: Iterable[Iterable[float]]) -> list[list[float | None]]:

@@ -19,7 +19,7 @@ DEFINITIONS: dict[str, tuple[str, str, str, str, str, str]] = {
         "How evenly the load is spread. The plain load entropy cannot fall below ln k / ln E, because the k experts of "
         "a token differ; this one reads 0 when all tokens take the same k experts.",
         "0 (collapse) to 1 (even)",
-        "1 less about (E − 1)(1 − k/E) / (2 N k (ln E − ln k))",
+        "1 less about (E − k) / (2 N k (ln E − ln k))",
         _COUNTED,
     ),
     "load_entropy": (
@@ -27,7 +27,7 @@ DEFINITIONS: dict[str, tuple[str, str, str, str, str, str]] = {
         "H / ln E,  H = −Σ f ln f",
         "How evenly the load is spread, with the floor ln k / ln E.",
         "ln k / ln E to 1",
-        "about 1 − (E − 1)(1 − k/E) / (2 N k ln E)",
+        "about 1 − (E − k) / (2 N k ln E)",
         _COUNTED,
     ),
     "max_violation": (
@@ -60,7 +60,7 @@ DEFINITIONS: dict[str, tuple[str, str, str, str, str, str]] = {
         "E Σ f P",
         "The quantity that the usual auxiliary loss minimises, unweighted and already divided by k: it can be compared "
         "between frameworks.",
-        "1 (even) to E/k for sure routers that agree",
+        "1 (even) to E",
         "1",
         _COUNTED + " P over a sample of tokens.",
     ),
@@ -134,7 +134,7 @@ DEFINITIONS: dict[str, tuple[str, str, str, str, str, str]] = {
         "½ Σ |f(t) − f(t − 1)|",
         "Share of the load that moved to other experts since the window before.",
         "0 to 1",
-        "about √(E / (π N k)), from sampling alone",
+        "about √((E − k) / (π N k)), from sampling alone",
         _COUNTED,
     ),
     "load": (
@@ -231,10 +231,10 @@ DEFINITIONS: dict[str, tuple[str, str, str, str, str, str]] = {
     ),
     "nmi": (
         "NMI",
-        "I(label; expert) / √(H(label) H(expert)) − its mean over permuted labels",
+        "2 I(label; expert) / (H(label) + H(expert)) − its mean over permuted labels",
         "How much the label tells of the expert. Without the correction, rare labels look informative.",
         "about 0 to 1",
-        "0; the whisker is the 95th percentile of permutations",
+        "0; the band reaches to the 95th percentile of permutations",
         _PROBED,
     ),
     "context": (
