@@ -16,6 +16,7 @@ that nothing outside the log folder can be read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -23,11 +24,12 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
+from urllib.parse import parse_qs
 
-from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
-from werkzeug import wrappers
 
 PAGE = Path(__file__).parent / "page"
 # Those of moe/record_log.py, whose import takes seconds: TensorBoard starts without it.
@@ -35,13 +37,21 @@ FOLDER, HEADER, PART = "routing", "header.json", re.compile(r"part-\d{6}\.routin
 SCAN_EVERY = 5.0  # seconds
 CACHED = 8
 _FILES = {
-    "/index.js": ("tab.js", "application/javascript"),
-    "/tab.css": ("tab.css", "text/css"),
-    "/dashboard.js": ("dashboard.js", "application/javascript"),
-    "/dashboard.css": ("dashboard.css", "text/css"),
+    "/index.js": ("tab.js", "application/javascript; charset=utf-8"),
+    "/tab.css": ("tab.css", "text/css; charset=utf-8"),
+    "/dashboard.js": ("dashboard.js", "application/javascript; charset=utf-8"),
+    "/dashboard.css": ("dashboard.css", "text/css; charset=utf-8"),
 }
-# TensorBoard's page sets the policy under which the module runs; a file opened by itself may do nothing.
-_HEADERS = [("Content-Security-Policy", "default-src 'none'"), ("Cross-Origin-Resource-Policy", "same-origin")]
+_JSON = "application/json"
+_HEADERS = [
+    ("X-Content-Type-Options", "nosniff"),
+    # TensorBoard's page sets the policy under which the module runs; a file opened by itself may do nothing.
+    ("Content-Security-Policy", "default-src 'none'"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cache-Control", "no-cache, must-revalidate"),
+]
+
+Answer = tuple[int, str, bytes]  # status, content type, content
 
 
 class RoutingPlugin(base_plugin.TBPlugin):
@@ -56,7 +66,7 @@ class RoutingPlugin(base_plugin.TBPlugin):
         self._making = threading.Lock()
 
     def get_plugin_apps(self):
-        apps = {route: _file_app(*entry) for route, entry in _FILES.items()}
+        apps = {route: _app(functools.partial(_serve_file, *entry)) for route, entry in _FILES.items()}
         return apps | {"/runs": _app(self._serve_runs), "/data": _app(self._serve_data)}
 
     def is_active(self) -> bool:
@@ -69,13 +79,13 @@ class RoutingPlugin(base_plugin.TBPlugin):
         # The tab asks for what is new by itself.
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Routing", disable_reload=True)
 
-    def _serve_runs(self, request: wrappers.Request) -> tuple[int, bytes]:
+    def _serve_runs(self, query: dict[str, list[str]]) -> Answer:
         runs = self._runs.find(wait=30.0)
         listed = [{"name": name, "changed": _changed(folder)} for name, folder in sorted(runs.items())]
-        return 200, json.dumps({"logdir": self._logdir, "runs": [run for run in listed if run["changed"]]}).encode()
+        return _json(200, {"logdir": self._logdir, "runs": [run for run in listed if run["changed"]]})
 
-    def _serve_data(self, request: wrappers.Request) -> tuple[int, bytes]:
-        names = request.args.getlist("run")
+    def _serve_data(self, query: dict[str, list[str]]) -> Answer:
+        names = query.get("run", [])
         if not names:
             return _error(400, "no run was named")
         runs = self._runs.find(wait=30.0)
@@ -91,11 +101,11 @@ class RoutingPlugin(base_plugin.TBPlugin):
                     self._made[state] = _page_data({name: runs[name] for name in names})
                 except (ValueError, OSError, ImportError) as error:
                     # Not an error of HTTP: a run that has only begun, say, or runs that cannot be compared.
-                    return 200, json.dumps({"message": " ".join(str(error).split())}).encode()
+                    return _json(200, {"message": " ".join(str(error).split())})
                 while len(self._made) > CACHED:
                     self._made.popitem(last=False)
             self._made.move_to_end(state)
-            return 200, self._made[state]
+            return 200, _JSON, self._made[state]
 
 
 def _page_data(folders: dict[str, Path]) -> bytes:
@@ -109,27 +119,32 @@ def _page_data(folders: dict[str, Path]) -> bytes:
     return json.dumps(page_data(logs), separators=(",", ":"), allow_nan=False).encode()
 
 
-def _app(serve):
-    """A WSGI application of a function that answers a request with a status and JSON."""
+def _app(serve: Callable[[dict[str, list[str]]], Answer]):
+    """A WSGI application of a function that answers a query."""
 
-    @wrappers.Request.application
-    def application(request: wrappers.Request) -> wrappers.Response:
-        code, content = serve(request) if request.method in ("GET", "HEAD") else _error(405, "only GET is answered")
-        return http_util.Respond(request, content, "application/json", code=code, headers=_HEADERS)
-
-    return application
-
-
-def _file_app(name: str, kind: str):
-    @wrappers.Request.application
-    def application(request: wrappers.Request) -> wrappers.Response:
-        return http_util.Respond(request, (PAGE / name).read_bytes(), kind, headers=_HEADERS)
+    def application(environ, start_response):
+        method = environ["REQUEST_METHOD"]
+        if method in ("GET", "HEAD"):
+            code, kind, content = serve(parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True))
+        else:
+            code, kind, content = _error(405, "only GET is answered")
+        headers = [("Content-Type", kind), ("Content-Length", str(len(content))), *_HEADERS]
+        start_response(f"{code} {HTTPStatus(code).phrase}", headers)
+        return [] if method == "HEAD" else [content]
 
     return application
 
 
-def _error(code: int, message: str) -> tuple[int, bytes]:
-    return code, json.dumps({"error": message}).encode()
+def _serve_file(name: str, kind: str, query: dict[str, list[str]]) -> Answer:
+    return 200, kind, (PAGE / name).read_bytes()
+
+
+def _json(code: int, content: dict) -> Answer:
+    return code, _JSON, json.dumps(content).encode()
+
+
+def _error(code: int, message: str) -> Answer:
+    return _json(code, {"error": message})
 
 
 def _roots(context: base_plugin.TBContext) -> dict[str, Path]:

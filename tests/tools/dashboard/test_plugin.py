@@ -108,7 +108,8 @@ def test_the_runs_below_the_log_folder(served):
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_headers(served, route, method):
-    _, headers, _ = ask(served, f"{BASE}/{route}", method)
+    _, headers, body = ask(served, f"{BASE}/{route}", method)
+    assert bool(body) == (method == "GET") and int(headers["content-length"]) > 0
     kind = {"js": "application/javascript; charset=utf-8", "ss": "text/css; charset=utf-8"}
     assert headers["content-type"] == kind.get(route[-2:], "application/json")
     assert headers["x-content-type-options"] == "nosniff"
