@@ -228,8 +228,11 @@ def share_moved(before: np.ndarray, after: np.ndarray) -> float:
 
 
 def _moved_again(moved: list[float], noise: float) -> tuple[float, int | None]:
-    """The calmest of the earlier intervals, and the last interval of the final third that exceeds it beyond chance."""
-    for place in range(len(moved) - 1, max(1, len(moved) - max(1, len(moved) // 3)) - 1, -1):
+    """The calmest of the earlier intervals, and the last interval of the second half that exceeds it beyond chance.
+
+    Of the second half, because a router that warms up moves more after its first steps, and rightly.
+    """
+    for place in range(len(moved) - 1, max(1, len(moved) // 2) - 1, -1):
         rest = np.nanmin(moved[:place]) if not np.all(np.isnan(moved[:place])) else math.nan
         if moved[place] > max(rest + DRIFTED, 2 * rest, rest + SIGNIFICANT * noise):
             return float(rest), place

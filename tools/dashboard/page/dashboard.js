@@ -1319,7 +1319,10 @@ function drawNmi(app, grid) {
  * were shown: so a page that refreshes its data does not lose the reader's place.
  */
 export async function mount(root, data) {
-  if (data?.format !== 1) throw new Error(`the dashboard reads data of format 1, not ${data?.format}`);
+  if (data?.format !== 1) {
+    root.replaceChildren(`These data have format ${data?.format}, which this page cannot read: it reads format 1.`);
+    return null;
+  }
   const runs = await Promise.all(data.runs.map(unpack));
   root.gatewrightStop?.();
   const app = new App(root, data, runs, root.gatewrightState);
