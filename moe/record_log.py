@@ -645,7 +645,8 @@ def _read_probes(
         if [f"index/{layer}" for layer in range(layers)] != list(arrays):
             notices.append(f"the probe at step {frame.head['step']} is of another model: left out")
             continue
-        probes.append(Probe(frame.head["step"], list(arrays.values())))
+        # copies, because torch warns of arrays that cannot be written
+        probes.append(Probe(frame.head["step"], [ids.copy() for ids in arrays.values()]))
     return labels, probes
 
 
