@@ -333,7 +333,8 @@ def read_log(path: str | Path, *, max_windows: int | None = None, max_bytes: int
     Args:
         path: the run's folder, or the log's.
         max_windows: where there are more windows, neighbours are added up, which loses no token.
-        max_bytes: the same where the arrays would be larger than this.
+        max_bytes: the same where their arrays would be larger than this; of looks at structure and of probes as many
+            are read as fit into as much.
 
     Raises:
         ValueError: no log there, a damaged header, or a newer version.
@@ -345,8 +346,9 @@ def read_log(path: str | Path, *, max_windows: int | None = None, max_bytes: int
     experts = max((layer.experts for layer in layers), default=0)
     windows = index.of_kind("window")
     arrays, losses, first, last = _add_up(windows, len(layers), experts, max_windows, max_bytes, notices)
-    structure, similarity = _read_structure(index.of_kind("structure"), len(layers), experts, notices)
-    labels, probes = _read_probes(index, len(layers), notices)
+    some = _thin(index.of_kind("structure"), 24 * len(layers) * experts**2, max_bytes, "looks at structure", notices)
+    structure, similarity = _read_structure(some, len(layers), experts, notices)
+    labels, probes = _read_probes(index, len(layers), max_bytes, notices)
     if not windows:
         notices.append("no window is recorded yet")
     return RoutingLog(
@@ -590,6 +592,15 @@ def _add_up(
     return arrays, losses, first, last
 
 
+def _thin(frames: list[_Frame], size: int, max_bytes: int, what: str, notices: list[str]) -> list[_Frame]:
+    """As many as fit, evenly spread, the first and the last among them."""
+    most = max(2, max_bytes // max(1, size))
+    if len(frames) <= most:
+        return frames
+    notices.append(f"of {len(frames)} {what}, {most} are shown")
+    return [frames[round(place)] for place in np.linspace(0, len(frames) - 1, most)]
+
+
 def _read_scalars(frames: list[_Frame]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     points: dict[str, dict[int, float]] = {}
     for frame in frames:
@@ -623,7 +634,7 @@ def _read_structure(
 
 
 def _read_probes(
-    index: _Index, layers: int, notices: list[str]
+    index: _Index, layers: int, max_bytes: int, notices: list[str]
 ) -> tuple[dict[str, tuple[np.ndarray, list[str]]], list[Probe]]:
     """The labels written last, and the probes of that batch."""
     written = index.of_kind("labels")
@@ -640,7 +651,7 @@ def _read_probes(
     if len(same) < len(frames):
         notices.append(f"{len(frames) - len(same)} probes of another batch or with other labels are left out")
     probes = []
-    for frame in same:
+    for frame in _thin(same, max((frame.length for frame in same), default=1), max_bytes, "probes", notices):
         arrays = frame.arrays()
         if [f"index/{layer}" for layer in range(layers)] != list(arrays):
             notices.append(f"the probe at step {frame.head['step']} is of another model: left out")

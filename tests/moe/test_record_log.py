@@ -4,6 +4,9 @@ import dataclasses
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -177,6 +180,16 @@ def test_many_windows_are_added_up_exactly(tmp_path):
     assert len(read_log(tmp_path, max_bytes=1).steps) == 1
 
 
+def test_many_looks_at_structure_are_thinned_and_said(tmp_path):
+    writer = record(tmp_path, [0])
+    for step in range(9):
+        writer.structure(step, np.full((2, 4, 4), step), np.zeros((1, 4, 4), dtype=int))
+    writer.close()
+    log = read_log(tmp_path, max_bytes=3 * 24 * 2 * 16)
+    assert [step for step, *_ in log.structure] == [0, 4, 8]
+    assert "of 9 looks at structure, 3 are shown" in log.notices
+
+
 def test_parts_of_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr(record_log, "PART_BYTES", 3000)
     record(tmp_path, range(20)).close()
@@ -267,3 +280,34 @@ def test_counts_take_the_bytes_that_they_need(tmp_path):
     writer.close()
     assert json.loads((tmp_path / "routing" / "header.json").read_text())["format"] == "gatewright-routing"
     assert np.array_equal(read_log(tmp_path).requested[0], new.counts)
+
+
+WRITER = """
+import sys, itertools
+import numpy as np
+from gatewright.moe.record_log import LayerInfo, LogWriter, Window
+
+writer = LogWriter(sys.argv[1], [LayerInfo(name="0", layer=0, experts=4)])
+writer.start(0)
+for step in itertools.count():
+    window = Window.zeros(step, step, 1, 4)
+    window.counts[:] = window.requested[:] = step + 1
+    writer.window(window)
+    if step == 20:
+        print("running", flush=True)
+"""
+
+
+def test_read_while_another_process_writes_and_after_it_was_killed(tmp_path):
+    """kill -9 in the middle of writing: every window that was read is still there, and what is there is whole."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "running\n"
+        seen = [len(read_log(tmp_path).steps) for _ in range(5)]
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    log = read_log(tmp_path)
+    assert 20 < seen[0] <= seen[-1] <= len(log.steps) and seen == sorted(seen)
+    assert log.steps.tolist() == list(range(len(log.steps)))
+    assert np.array_equal(log.counts[:, 0, 0], log.steps + 1) and not log.complete
