@@ -41,13 +41,15 @@ from gatewright.moe.hosts.deepspeed_checkpoint import find_latest, load_checkpoi
 from gatewright.moe.hosts.deepspeed_config import default_config, read_config
 from gatewright.moe.hosts.deepspeed_ema import EMA
 from gatewright.moe.parallel import check_divides_world
+from gatewright.moe.record import Recorder
 from gatewright.recipes.console import MISTAKES, Parser, describe, fail, is_first_rank
 from gatewright.recipes.data import Data, batches, load_data
 from gatewright.recipes.data.autoencoder import load_autoencoder
 from gatewright.recipes.models import DiT, DiTConfig, create_objective, dit_config, draw_samples, validation_loss
 from gatewright.recipes.models.dit_config import DENSE
-from gatewright.recipes.monitor import RoutingMonitor
+from gatewright.recipes.monitor import RoutingMonitor, RoutingReport
 from gatewright.recipes.picture import save_grid
+from gatewright.tools.dashboard.scalars import RoutingScalars
 from gatewright.tools.runs import Run, read_run
 
 PROGRAM = "promoe_dit"
@@ -239,7 +241,7 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
         monitor.step(step, totals)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log.routing(step, monitor.collect())
+            log.routing(step, monitor.collect(), monitor.recorder)
         if done % args.eval_every == 0 or done == args.steps:
             with ema.applied():
                 losses = validate(objective, model, data, args, rank, ranks)
@@ -392,6 +394,7 @@ class RunLog:
 
     def __init__(self, run: Path, args: argparse.Namespace, first_step: int) -> None:
         self.run, self.args, self.writer = run, args, None
+        self.scalars: RoutingScalars | None = None
         self._since, self._images, self._last = time.perf_counter(), 0, {}
         self.bar = tqdm(
             total=args.steps,
@@ -410,20 +413,18 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {totals['loss']:.4f}", refresh=False)
         self.bar.update()
 
-    def routing(self, step: int, report) -> None:
+    def routing(self, step: int, report: RoutingReport, recorder: Recorder | None) -> None:
         """The line: losses, images a second since the last one, and what the routers did."""
         now = time.perf_counter()
         speed, self._since, self._images = self._images / (now - self._since), now, 0
         losses = "  ".join(f"{name} {value:.4f}" for name, value in self._last.items())
         self._say(f"step {step + 1}/{self.args.steps}  {losses}  {speed:.0f} images/s  {report.line()}")
         self._scalars("train", self._last | {"images_per_second": speed}, step)
+        if self.writer is not None and recorder is not None:
+            self.scalars = self.scalars or RoutingScalars(self.writer)
+            self.scalars.write(recorder)
         for layer, shares in enumerate(report.shares):
-            measures = {
-                "entropy": report.entropy[layer],
-                "max_violation": report.max_violation[layer],
-                "dropped": report.dropped[layer],
-            }
-            self._scalars(f"routing/layer_{layer:02d}", measures | report.losses[layer], step)
+            self._scalars(f"routing/layer_{layer:02d}", report.losses[layer], step)
             self._scalars(
                 f"load/layer_{layer:02d}", {f"expert_{expert:03d}": share for expert, share in enumerate(shares)}, step
             )
