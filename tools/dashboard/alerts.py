@@ -263,4 +263,6 @@ def _percent(share: float) -> str:
 
 
 def _when(log: RoutingLog, since: int) -> str:
+    if len(log.steps) == 1:
+        return ""
     return f" (since step {since:,})" if since > int(log.first_steps[0]) else " (throughout)"

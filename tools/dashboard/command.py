@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 DEMO = Path(__file__).parent / "demo"
+DEMO_TITLE = "A small diffusion transformer on digits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .alerts import find_alerts
-    from .data import read_runs
-    from .report import write_report
+    from .data import page_data, read_runs
+    from .report import page_of
 
     if args.demo == bool(args.runs):
         raise ValueError("name the folders of recorded runs, or --demo, not both" if args.runs else _NOTHING)
@@ -29,14 +29,13 @@ def run(args: argparse.Namespace) -> int:
     if args.demo and not DEMO.is_dir():
         raise ValueError("this installation of gatewright holds no demo run")
     logs = read_runs([DEMO] if args.demo else args.runs)
-    title = args.title or ("A small diffusion transformer on digits" if args.demo else "")
-    size = write_report(logs, out, title=title)
-    for log in logs:
-        for notice in log.notices:
-            print(f"{log.name}: {notice}")
-        for alert in find_alerts(log):
-            print(f"{log.name}: {alert.sentence}")
-    print(f"wrote {out} ({size / 1e6:.2f} MB): open it in a browser, it needs no network")
+    data = page_data(logs, title=args.title or (DEMO_TITLE if args.demo else ""))
+    page = page_of(data).encode()
+    out.write_bytes(page)
+    for shown in data["runs"]:
+        for sentence in (*shown["notices"], *(alert["sentence"] for alert in shown["alerts"])):
+            print(f"{shown['name']}: {sentence}")
+    print(f"wrote {out} ({len(page) / 1e6:.2f} MB): open it in a browser, it needs no network")
     return 0
 
 

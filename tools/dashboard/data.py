@@ -72,11 +72,15 @@ def page_data(logs: Sequence[RoutingLog], *, title: str = "") -> dict[str, Any]:
     keys = ("name", "formula", "text", "range", "null", "reduction")
     return {
         "format": 1,
-        "title": title or " and ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""),
+        "title": title or _listed(names),
         "library": f"gatewright {__version__}",
         "definitions": {name: dict(zip(keys, entry, strict=True)) for name, entry in DEFINITIONS.items()},
         "runs": [_run(log, name) for log, name in zip(logs, names, strict=True)],
     }
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:2]) + f" and {len(names) - 2} more" if len(names) > 2 else " and ".join(names)
 
 
 def _different(names: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...moe.record_log import RoutingLog
 from .data import page_data
@@ -19,8 +20,12 @@ _POLICY = (
 
 
 def report(logs: Sequence[RoutingLog], *, title: str = "") -> str:
-    """The whole page as text; names from the logs are data, never markup."""
-    data = page_data(logs, title=title)
+    """The whole page as text."""
+    return page_of(page_data(logs, title=title))
+
+
+def page_of(data: dict[str, Any]) -> str:
+    """The page that shows what ``page_data`` made; names in it are data, never markup."""
     module = (PAGE / "dashboard.js").read_text(encoding="utf-8")
     style = (PAGE / "dashboard.css").read_text(encoding="utf-8")
     # "<" occurs in JSON only inside strings, where its escape means the same and can end no script element.

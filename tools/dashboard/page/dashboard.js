@@ -544,15 +544,15 @@ class App {
     if (!others.some(([key]) => key === state.other) && state.other !== "step") state.other = "";
     const pinned = state.other === "step" ? Math.min(state.pinned ?? this.at, this.steps.length - 1) : null;
     options(parts.other, [["", "nothing"], ...others, ...(run.load ? [["step", pinned == null ? "this very step" : `step ${whole(run.last[pinned])}`]] : [])], state.other);
-    options(parts.layer, run.layers.map((layer, i) => [String(i), `${layer.layer}  ${layer.name}`]), String(this.layer));
+    options(parts.layer, run.layers.map((layer, i) => [String(i), layer.name === String(layer.layer) ? layer.name : `${layer.layer}  ${layer.name}`]), String(this.layer));
     parts.slider.max = Math.max(0, this.steps.length - 1);
-    parts.slider.disabled = parts.play.disabled = this.steps.length < 2;
+    parts.slider.parentNode.style.display = this.steps.length < 2 ? "none" : "";
     const sizes = [...new Set(run.layers.map((layer) => layer.experts))], ks = [...new Set(run.layers.map((layer) => layer.top_k))];
     const routers = [...new Set(run.layers.map((layer) => layer.router).filter(Boolean))];
     parts.meta.textContent = [
       `${run.layers.length} MoE layer${run.layers.length === 1 ? "" : "s"} of ${sizes.join(" or ")} experts`,
       ks.length === 1 && ks[0] != null ? `${plain(ks[0])} a token` : "experts a token vary", routers.join(", "),
-      this.steps.length ? `steps ${whole(run.first[0])} to ${whole(this.steps.at(-1))} in ${run.last.length} windows` : "",
+      this.steps.length ? (run.last.length === 1 ? "one window" : `steps ${whole(run.first[0])} to ${whole(this.steps.at(-1))} in ${run.last.length} windows`) : "",
       run.complete ? "" : "still running, or stopped early"].filter(Boolean).join(" · ");
     for (const tab of parts.tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.page === state.page));
     if (!this.printing) { try { history.replaceState(null, "", `#${state.page}`); } catch { /* in a frame that may not */ } }
@@ -592,7 +592,7 @@ function footer(app) {
   const N = run.last.length ? range(run.layers.length).map((layer) => run.tokens.at(app.at, layer)) : [];
   const text = [
     ...run.notices.map((notice) => `Note: ${notice}.`),
-    run.last.length ? `Training windows of ${whole(run.last.at(-1) - run.first.at(-1) + 1)} step${run.last.at(-1) === run.first.at(-1) ? "" : "s"}, N = ${whole(median(N))} tokens a layer (median); counts are added up over micro-batches and ranks before any ratio, load is taken before capacity, padding and experts that hold no weights are left out.` : "",
+    run.last.length ? `${run.last.length === 1 ? "One window" : `Training windows of ${whole(run.last.at(-1) - run.first.at(-1) + 1)} step${run.last.at(-1) === run.first.at(-1) ? "" : "s"}`}, N = ${whole(median(N))} tokens a layer (median); counts are added up over micro-batches and ranks before any ratio, load is taken before capacity, padding and experts that hold no weights are left out.` : "",
     run.movement ? `Movement and meaning come from a frozen probe of ${whole(run.movement.tokens)} tokens.` : "",
     run.sessions.length > 1 ? `The run was resumed at step ${run.sessions.slice(1).map(whole).join(", ")}; nothing is counted twice.` : "",
     `Recorded by gatewright ${run.version}, shown by ${app.data.library}. Configuration ${run.hash}.`];
@@ -648,7 +648,7 @@ async function picture(body, title, theme) {
 
 const column = (packed, layer) => (packed ? range(packed.shape[0]).map((i) => packed.at(i, layer)) : []);
 const HOW = {
-  scores: ["The router gives no scores for its decisions (", el("code", {}, "Routing.scores"), ")."],
+  scores: ["The router gives no scores for its decisions (", el("code", {}, "Routing.scores"), "), or only counts are known."],
   probe: ["Give the recorder a frozen batch, and labels to see what experts mean: ", el("code", {}, "recorder.probe(run, labels={\"class\": ...}, every=100)"), "."],
   structure: ["Which experts occur together is sampled every ", el("code", {}, "structure_every"), " steps; this log holds no sample yet."],
   windows: ["No training window is in this log yet."],
@@ -677,7 +677,7 @@ const DRAW = {
     const measures = HEALTH.filter(([name]) => run.curves[name]);
     app.figure(grid, {
       id: "health", title: "Layer by layer", wide: true, png: true,
-      note: `Each column has one scale. The shaded band is what uniformly random routing would give; a cell is tinted where an alert points at it.${other ? ` Dashed: ${other.name}.` : ""}`,
+      note: `Each column has one scale. The shaded band in MaxVio is what uniformly random routing would give; a cell is tinted where an alert points at it.${other ? ` Dashed: ${other.name}.` : ""}`,
       draw: (width) => [healthLabels(app, measures, width), healthGrid(app, measures, width)],
       csv: () => [["layer", "first step", "last step", "tokens", ...measures.map(([name]) => name)],
         ...run.layers.flatMap((layer, l) => run.last.map((step, s) => [layer.layer, run.first[s], step, run.tokens.at(s, l), ...measures.map(([name]) => run.curves[name].at(s, l))]))],
@@ -705,11 +705,11 @@ const DRAW = {
     const layer = app.layer, E = run.layers[layer].experts;
     app.figure(grid, {
       id: "layer-load", title: `Layer ${run.layers[layer].layer} now`, explain: "load", moves: true,
-      note: () => { const f = frameAt(run, app.step); return `Steps ${whole(run.load.first[f])} to ${whole(run.load.last[f])}, ${whole(run.load.assignments.at(f, layer))} assignments. Line: fair share.`; },
+      note: () => { const f = frameAt(run, app.step); return `${run.load.last.length > 1 ? `Steps ${whole(run.load.first[f])} to ${whole(run.load.last[f])}, ` : ""}${whole(run.load.assignments.at(f, layer))} assignments. Line: fair share.`; },
       draw: (width) => loadBars(app, layer, width),
       csv: () => [["expert", "times fair share"], ...range(E).map((e) => [e, run.load.ratio.at(frameAt(run, app.step), layer, e)])],
     });
-    app.figure(grid, {
+    if (run.load.last.length > 1) app.figure(grid, {
       id: "history", title: `Layer ${run.layers[layer].layer} over time`, explain: "load",
       note: state.cell == null ? "Every expert's load, on a log2 scale. Click a cell of the map to pick one out." : `Expert ${state.cell} against the others of the layer.`,
       draw: (width) => loadHistory(app, layer, width),
@@ -755,7 +755,7 @@ const DRAW = {
       csv: () => [["last step", ...range(17).map((i) => (i < 16 ? i : "16 and more"))], ...run.decisions.last.map((step, t) => [step, ...range(17).map((i) => run.decisions.active.at(t, layer, i))])],
     });
     if (!run.curves.token_entropy) app.missing(grid, "Token entropy, information, mass", how("scores"));
-    if (!run.decisions.margins) app.missing(grid, "Margins", ["The router gives no logits for its decisions (", el("code", {}, "Routing.logits"), ")."]);
+    if (!run.decisions.margins) app.missing(grid, "Margins", ["The router gives no logits for its decisions (", el("code", {}, "Routing.logits"), "), or only counts are known."]);
   },
 
   movement(app, page) {
@@ -918,7 +918,7 @@ function healthGrid(app, measures, width) {
   const svg = el("svg", { width, height: tall, viewBox: `0 0 ${width} ${tall}`, role: "img", "font-family": FONT, "font-size": 11,
     "aria-label": `Health of ${L} layers: ${measures.map(([, title]) => title).join(", ")} over training` });
   const [first, last] = [run.last[0], run.last.at(-1)];
-  const values = 40, plot = cell - values, cursors = [], texts = [];
+  const values = 54, plot = cell - values, cursors = [], texts = [];
   for (const [m, [name, title, text, [floor, ceiling]]] of measures.entries()) {
     const block = Math.floor(m / across), x0 = left + (m % across) * (cell + gap), y0 = block * (head + L * high + 26) + head;
     const all = [run, other].filter((one) => one?.curves[name]).flatMap((one) => Array.from(one.curves[name].values).filter(Number.isFinite));
@@ -940,6 +940,9 @@ function healthGrid(app, measures, width) {
         svg.append(el("path", { d: area(run.last, chance.map(() => 0), chance, x, y), fill: theme.band }));
       } else svg.append(el("line", { x1: x0, x2: x0 + plot, y1: y(low), y2: y(low), stroke: theme.grid }));
       if (other?.curves[name]) svg.append(el("path", { d: path(other.last, column(other.curves[name], l), x, y), fill: "none", stroke: theme.b, "stroke-width": 1.1, "stroke-dasharray": "3 2" }));
+      // a single window has no course: its value is a bar
+      if (run.last.length === 1) svg.append(el("rect", { x: x0, y: top + high / 2 - 4, height: 8, rx: 1.5, fill: alerted ? theme.warm : theme.a, opacity: 0.85,
+        width: Math.max(0, Math.min(1, (run.curves[name].at(0, l) - low) / (high_ - low || 1))) * plot || 0 }));
       svg.append(el("path", { d: path(run.last, column(run.curves[name], l), x, y), fill: "none", stroke: alerted ? theme.warm : theme.a, "stroke-width": 1.4, "stroke-linejoin": "round" }));
       const value = el("text", { x: x0 + cell - 2, y: top + high / 2 + 3, "text-anchor": "end", fill: alerted ? theme.warm : theme.soft, "font-weight": alerted ? 650 : 400 });
       svg.append(value);
@@ -947,8 +950,8 @@ function healthGrid(app, measures, width) {
       if (m % across === 0) svg.append(el("text", { x: left - 10, y: top + high / 2 + 3, "text-anchor": "end", fill: run.alerts.some((alert) => alert.layer === l) ? theme.warm : l === app.layer ? theme.a : theme.soft, "font-weight": l === app.layer ? 650 : 400 }, run.layers[l].layer));
     }
     const bottom = y0 + L * high;
-    svg.append(el("text", { x: x0, y: bottom + 11, fill: theme.faint, "font-size": 10 }, short(first)), el("text", { x: x0 + plot, y: bottom + 11, fill: theme.faint, "text-anchor": "end", "font-size": 10 }, short(last)));
-    const cursor = el("line", { y1: y0, y2: bottom - 2, stroke: theme.ink, opacity: 0.3 });
+    if (last > first) svg.append(el("text", { x: x0, y: bottom + 11, fill: theme.faint, "font-size": 10 }, short(first)), el("text", { x: x0 + plot, y: bottom + 11, fill: theme.faint, "text-anchor": "end", "font-size": 10 }, short(last)));
+    const cursor = el("line", { y1: y0, y2: bottom - 2, stroke: theme.ink, opacity: last > first ? 0.3 : 0 });
     svg.append(cursor);
     cursors.push([cursor, x]);
   }
@@ -986,12 +989,12 @@ const frameAt = (run, step) => closest(run.load.last, step);
 function loadsShown(app) {
   const { run, other, state } = app, now = () => frameAt(run, app.step);
   const at = (one, frame) => (l, e) => one.load.ratio.at(frame(), l, e);
-  const said = (one, frame) => () => `Steps ${whole(one.load.first[frame()])} to ${whole(one.load.last[frame()])}. Rows are layers.`;
+  const said = (one, frame) => () => one.load.last.length === 1 ? "Rows are layers." : `Steps ${whole(one.load.first[frame()])} to ${whole(one.load.last[frame()])}. Rows are layers.`;
   const one = { title: run.name, value: at(run, now), frame: now, run, note: said(run, now) };
   const against = (title, run_, frame) => {
     const before = at(run_, frame);
     const value = (l, e) => { const [x, y] = [one.value(l, e), before(l, e)]; return x === 0 && y === 0 ? 0 : Math.log2(x) - Math.log2(y); };
-    return { title, value, difference: true, run, note: () => `Orange: more load in ${state.other === "step" ? "the step now" : run.name}. Steps ${whole(run.load.last[now()])} and ${whole(run_.load.last[frame()])}.` };
+    return { title, value, difference: true, run, note: () => `Orange: more load in ${state.other === "step" ? "the step now" : run.name}. ${run.load.last.length > 1 ? `Steps ${whole(run.load.last[now()])} and ${whole(run_.load.last[frame()])}.` : ""}` };
   };
   if (other?.load) {
     const there = () => frameAt(other, app.step);
@@ -1344,7 +1347,7 @@ export async function mount(root, data) {
     const { theme } = app.state;
     app.play(false);
     app.printing = on;
-    if (on) { app.before = theme; app.state.theme = "light"; root.style.width = "1000px"; } else { app.state.theme = app.before ?? null; root.style.width = ""; }
+    if (on) { app.before = theme; app.state.theme = "light"; root.style.width = "688px"; } else { app.state.theme = app.before ?? null; root.style.width = ""; }
     app.draw();
   };
   addEventListener("beforeprint", () => print(true), { signal });
