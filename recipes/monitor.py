@@ -28,14 +28,12 @@ class RoutingReport:
     """One entry a MoE layer, in order.
 
     Attributes:
-        shares: [E] of each layer's load that each routed expert took; sums to 1.
         entropy: collapse-aware, 0 to 1.
         max_violation: 0 = even.
         dropped: share of the requested assignments that capacity dropped.
         losses: the mean over micro-batches of each auxiliary loss, as weighted.
     """
 
-    shares: list[list[float]] = dataclasses.field(default_factory=list)
     entropy: list[float] = dataclasses.field(default_factory=list)
     max_violation: list[float] = dataclasses.field(default_factory=list)
     dropped: list[float] = dataclasses.field(default_factory=list)
@@ -81,9 +79,7 @@ class RoutingMonitor:
             return RoutingReport()
         layers = self.recorder.layers
         measured = measures(window, layers)
-        counts = [window.counts[place, : layer.experts] for place, layer in enumerate(layers)]
         return RoutingReport(
-            shares=[(row / max(1, row.sum())).tolist() for row in counts],
             losses=[
                 {name: float(values[place]) for name, values in window.losses.items()} for place in range(len(layers))
             ],

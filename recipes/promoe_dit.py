@@ -417,17 +417,14 @@ class RunLog:
         """The line: losses, images a second since the last one, and what the routers did."""
         now = time.perf_counter()
         speed, self._since, self._images = self._images / (now - self._since), now, 0
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in self._last.items())
-        self._say(f"step {step + 1}/{self.args.steps}  {losses}  {speed:.0f} images/s  {report.line()}")
+        last = "  ".join(f"{name} {value:.4f}" for name, value in self._last.items())
+        self._say(f"step {step + 1}/{self.args.steps}  {last}  {speed:.0f} images/s  {report.line()}")
         self._scalars("train", self._last | {"images_per_second": speed}, step)
         if self.writer is not None and recorder is not None:
             self.scalars = self.scalars or RoutingScalars(self.writer)
             self.scalars.write(recorder)
-        for layer, shares in enumerate(report.shares):
-            self._scalars(f"routing/layer_{layer:02d}", report.losses[layer], step)
-            self._scalars(
-                f"load/layer_{layer:02d}", {f"expert_{expert:03d}": share for expert, share in enumerate(shares)}, step
-            )
+        for layer, losses in enumerate(report.losses):
+            self._scalars(f"routing/layer_{layer:02d}", losses, step)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         self._say(

@@ -90,9 +90,9 @@ def test_the_log_holds_every_loss_apart(whole):
     log = EventAccumulator(str(whole[0] / "tensorboard")).Reload()
     tags = set(log.Tags()["scalars"])
     assert {"train/loss", "train/flow", "train/routing_contrastive", "train/grad_norm", "validation/null"} <= tags
-    assert {"routing/layer_00/entropy", "routing/layer_00/dropped", "load/layer_00/expert_000"} <= tags
-    shares = [log.Scalars(f"load/layer_00/expert_{expert:03d}")[-1].value for expert in range(6)]
-    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert {"routing/entropy", "routing/layer_00/entropy", "routing/layer_00/routing_contrastive"} <= tags
+    assert [event.step for event in log.Scalars("routing/layer_02/entropy")] == [3, 7]
+    assert "custom_scalars__config__" in log.Tags()["tensors"]
     steps = [event.value for event in log.Scalars("train/loss")]
     parts = zip(log.Scalars("train/flow"), log.Scalars("train/routing_contrastive"), strict=True)
     assert steps == pytest.approx([a.value + b.value for a, b in parts], rel=1e-5)
