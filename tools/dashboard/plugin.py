@@ -185,12 +185,14 @@ class _Runs:
 
     def _look(self) -> None:
         found = {}
-        for prefix, root in self._roots.items():
-            for folder in _logs_below(root):
-                name = folder.parent.relative_to(root).as_posix()
-                found[name if not prefix else prefix if name == "." else f"{prefix}/{name}"] = folder
-        with self._lock:
-            self._found, self._scan, self._done = found, None, time.monotonic()
+        try:
+            for prefix, root in self._roots.items():
+                for folder in _logs_below(root):
+                    name = folder.parent.relative_to(root).as_posix()
+                    found[name if not prefix else prefix if name == "." else f"{prefix}/{name}"] = folder
+        finally:
+            with self._lock:
+                self._found, self._scan, self._done = found, None, time.monotonic()
 
 
 def _logs_below(root: Path):
