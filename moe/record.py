@@ -37,7 +37,6 @@ from torch import Tensor, nn
 
 from ..routers.base import Routing, TokenContext
 from . import metrics
-from .hosts import ranks
 from .layer import MoELayerCode, is_recomputing
 from .record_log import MARGIN_EDGES, LayerInfo, LogWriter, Window
 from .record_sums import Bank, RoutingSums
@@ -49,7 +48,8 @@ class Recorder:
     """Records the routing of every ``MoELayer`` of a model, from now until ``close``.
 
     Args:
-        model: the model, or the engine's ``module``.
+        model: the model, or the engine's ``module``; before it is compiled, since a compiled graph does not call hooks
+            that come later.
         run: the run's folder; the log is ``run/routing``. Where there is one of the same model, it is gone on with.
         every: optimizer steps a window.
         structure_every: optimizer steps between two looks at which experts occur together; 0 = never.
@@ -97,15 +97,14 @@ class Recorder:
         self._probed: _Probed | None = None
         self._probe: tuple[Callable[[], Any], Mapping[str, Labels], int] | None = None
         self._log: LogWriter | None = None
+        self._ranks = dist.get_world_size(group) if dist.is_initialized() else 1
         error = None
-        try:
-            self._log = LogWriter(run, self.layers, options | {"ranks": ranks.world()}) if ranks.rank() == 0 else None
-        except (OSError, ValueError) as raised:
-            error = raised
-        if ranks.world() > 1:
-            ranks.agree(error, ValueError, "nothing is recorded")
-        elif error is not None:
-            raise error
+        if self._ranks == 1 or dist.get_rank(group) == 0:
+            try:
+                self._log = LogWriter(run, self.layers, options | {"ranks": self._ranks})
+            except (OSError, ValueError) as raised:
+                error = raised
+        self._raise_everywhere(error)
         self._hooks = self._listen()
         self._sums.with_structure = structure_every > 0
 
@@ -162,6 +161,8 @@ class Recorder:
         """
         self._begin(step)
         if self._last is not None and step <= self._last:
+            # gone back: what was recorded from there on is void
+            self.flush()
             self._write("start", step)
         self._sums.reduce()
         self._first = step if self._first is None else self._first
@@ -173,7 +174,8 @@ class Recorder:
         self._sums.with_structure = self.structure_every > 0 and self._steps % self.structure_every == 0
         if (step + 1) % self.every == 0:
             self._send()
-        self._sums.look_closely = self._first is None or (step + 1 - self._first) % self.sample_every == 0
+        else:
+            self._sums.look_closely = (step + 1 - self._first) % self.sample_every == 0
         self._receive(wait=False)
         if self._probe is not None and (step + 1) % self._probe[2] == 0:
             self.run_probe(step + 1)
@@ -295,6 +297,14 @@ class Recorder:
         self._write_scalars(points, [value.item() for value in tensors])
         self._write("close", complete)
 
+    def _raise_everywhere(self, error: Exception | None) -> None:
+        """What is wrong on the rank that writes is so on all, or the others would wait for it."""
+        if self._ranks == 1 and error is not None:
+            raise error
+        messages = self._gather(None if error is None else str(error)) if self._ranks > 1 else []
+        for message in filter(None, messages):
+            raise ValueError(f"{message}: nothing is recorded") from error
+
     def __enter__(self) -> Recorder:
         return self
 
@@ -337,7 +347,7 @@ class Recorder:
             parts += sums.structure.values()
         shapes = [part.shape for part in parts]
         flat = torch.cat([part.flatten() for part in parts])
-        if dist.is_initialized() and dist.get_world_size(self.group) > 1:
+        if self._ranks > 1:
             dist.all_reduce(flat, group=self.group)
         scalars, values = self._take_scalars()
         rows = self._similarity(flat.device) if structure is not None else None
@@ -349,7 +359,7 @@ class Recorder:
         span, self._first = (self._first, self._last), None
         self._in_flight.append(_Copy(flat, shapes, list(sums.sums), keys, structure, span, scalars))
         sums.clear()
-        sums.structure = {}
+        sums.structure, sums.look_closely = {}, True
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -357,7 +367,7 @@ class Recorder:
     def _agreed_losses(self) -> list[tuple[int, str]]:
         """The losses of a window, in an order that is the same on every rank."""
         keys = sorted(self._sums.loss_keys)
-        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+        if self._ranks == 1:
             return keys
         if self._loss_keys is None:
             # once: ranks may not wait for each other at every window
@@ -367,7 +377,7 @@ class Recorder:
         return self._loss_keys
 
     def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size(self.group)
+        values: list[Any] = [None] * self._ranks
         dist.all_gather_object(values, value, group=self.group)
         return values
 

@@ -8,6 +8,7 @@ the number of kernels does not grow with their number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import defaultdict
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..routers.base import Routing
+from .layer import _runs
 from .record_log import ACTIVE, MARGIN_EDGES, POSITIONS
 
 BINS = len(MARGIN_EDGES) - 1
@@ -34,14 +36,23 @@ class Bank:
     def whole(self) -> bool:
         return len(self.routed) == self.size
 
+    @functools.cached_property
+    def stretches(self) -> list[tuple[int, int]]:
+        """The routed ids as first and last of each stretch without a gap."""
+        return _runs(list(self.routed))
+
     def columns(self, values: Tensor) -> Tensor:
         """[..., size] -> [..., E]: those of the routed experts."""
         if self.whole:
             return values
-        first, last = self.routed[0], self.routed[-1]
-        if last - first + 1 == len(self.routed):
-            return values[..., first : last + 1]
-        return values[..., list(self.routed)]
+        parts = [values[..., first : last + 1] for first, last in self.stretches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """Which ids are those of routed experts. [...] -> [...] bool"""
+        if self.whole:
+            return ids >= 0
+        return torch.stack([(ids >= first) & (ids <= last) for first, last in self.stretches]).any(0)
 
 
 @dataclasses.dataclass
@@ -205,17 +216,9 @@ class RoutingSums:
         if key not in self._cache:
             place = torch.arange(routing.num_tokens, device=index.device) % length * POSITIONS // length
             self._cache[key] = place
-        asked, kept = (self._is_routed(ids, bank).sum(1) for ids in (requested, index))
+        asked, kept = (bank.holds(ids).sum(1) for ids in (requested, index))
         both = torch.stack([asked - kept, asked], dim=1).double()
         self.sums["drops"][layer].index_add_(0, self._cache[key], both.to(self.sums["drops"].device))
-
-    def _is_routed(self, ids: Tensor, bank: Bank) -> Tensor:
-        if bank.whole:
-            return ids >= 0
-        first, last = bank.routed[0], bank.routed[-1]
-        if last - first + 1 == len(bank.routed):
-            return (ids >= first) & (ids <= last)
-        return torch.isin(ids, torch.tensor(bank.routed, device=ids.device))
 
     @torch.no_grad()
     def reduce(self) -> None:

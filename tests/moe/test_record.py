@@ -324,6 +324,30 @@ def test_going_on_after_a_kill_counts_nothing_twice(tmp_path):
     assert log.scalars["loss"][1].tolist() == list(range(10))
 
 
+def test_going_back_in_steps_replaces_what_was_recorded(tmp_path):
+    model = Model()
+    with Recorder(model, tmp_path, every=2) as recorder:
+        for step in (0, 1, 2, 3, 1, 2):
+            model(tokens(step))
+            recorder.step(step)
+    log = read_log(tmp_path)
+    assert log.steps.tolist() == [1, 2] and log.session_starts == [0, 1]
+    assert any("1 steps before a restart" in notice for notice in log.notices)
+
+
+def test_every_window_is_looked_at(tmp_path):
+    """Whatever ends it: its length, or a flush between."""
+    model = Model()
+    with Recorder(model, tmp_path, every=10, sample_every=4) as recorder:
+        for step in range(12):
+            model(tokens(step))
+            recorder.step(step)
+            if step == 5:
+                recorder.flush()
+    log = read_log(tmp_path)
+    assert log.steps.tolist() == [5, 9, 11] and log.sampled[:, 0].tolist() == [2 * 18, 18, 18]
+
+
 def test_summary_is_short_and_its_names_are_stable(tmp_path):
     model = Model(experts=(4, 6), top_k=2)
     with Recorder(model, tmp_path, every=1) as recorder:
