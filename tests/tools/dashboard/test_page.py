@@ -241,6 +241,7 @@ def test_export_of_numbers_and_pictures(page, made):
             assert width > 600 and height > 200 and len(picture) > 5_000
     # what a spreadsheet would take for a formula is text
     click(page, "[data-page=meaning]")
+    click(page, '[data-choice="0"]')
     assert rows(exported(page, "csv", "share"))[1][0] == EVIL
 
 

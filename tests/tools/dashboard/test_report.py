@@ -196,6 +196,15 @@ def test_writes_the_report_and_says_what_is_wrong(tmp_path, capsys):
     assert out.read_text().startswith("<!doctype html>")
 
 
+def test_the_demo_is_a_small_healthy_run_that_the_package_ships(tmp_path, capsys):
+    out = tmp_path / "demo.html"
+    assert cli.main(["dashboard", "--demo", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("wrote")  # no notice, no alert
+    assert out.stat().st_size < 400_000
+    assert "not both" in fails(capsys, tmp_path, "--demo")
+
+
 def test_bad_folders(tmp_path, capsys):
     out = ("--out", tmp_path / "report.html")
     (tmp_path / "empty").mkdir()

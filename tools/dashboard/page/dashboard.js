@@ -169,7 +169,7 @@ export function lineChart(app, { width, height = 210, series, bands = [], lines 
   const x = (step) => left + ((step - first) / (last - first || 1)) * (width - left - right);
   const y = (value) => top + (1 - (value - low) / (high - low || 1)) * (height - top - bottom);
   const svg = el("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, "font-family": FONT, "font-size": 11 });
-  for (const tick of ticks(low, high, Math.max(2, Math.floor(height / 48)))) {
+  for (const tick of ticks(low, high, Math.max(3, Math.floor(height / 46)))) {
     svg.append(el("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), stroke: theme.grid }));
     svg.append(el("text", { x: left - 7, y: y(tick) + 3.5, "text-anchor": "end", fill: theme.soft }, yText(tick)));
   }
@@ -224,12 +224,12 @@ const tipRow = (name, value, colour) => el("div", { class: "row" }, el("span", {
  * A map of cells on canvas. colour(r, c) -> CSS colour or null; mark(r, c) -> "more" | "less" | "none" | null draws the
  * sign of a clipped or empty cell; tip(r, c) -> nodes; pick(r, c) on click. `tree` draws a dendrogram above.
  */
-export function heatMap(app, { width, rows, columns, colour, mark, rowText, columnText, tip, pick, label, legend, square = false, triangle = false, rowTitle, columnTitle, tree, tall, chosen }) {
+export function heatMap(app, { width, rows, columns, colour, mark, rowText, columnText, tip, pick, label, legend, square = false, triangle = false, rowTitle, columnTitle, tree, tall, chosen, cellText }) {
   const theme = app.theme;
   const left = rowText ? 46 : 20, top = (tree ? 58 : 0) + 4;
   const wide = Math.max(1, (width - left - 8) / columns);
-  const side = square ? Math.min(wide, 26) : Math.min(wide, 42);
-  const high = square ? side : tall ?? Math.min(20, Math.max(5, 420 / rows));
+  const side = square ? Math.min(wide, columns > 16 ? 26 : 36) : Math.min(wide, 110);
+  const high = square ? side : tall ?? (rows <= 8 && side > 36 ? 34 : Math.min(20, Math.max(5, 420 / rows)));
   const bottom = 22 + (legend ? 34 : 0) + (columnTitle ? 14 : 0);
   const height = top + rows * high + bottom;
   const canvas = el("canvas", { role: "img", tabindex: 0, "aria-label": label });
@@ -254,6 +254,13 @@ export function heatMap(app, { width, rows, columns, colour, mark, rowText, colu
         pen.fillRect(x, y, Math.max(w, 0.5), Math.max(h, 0.5));
         const sign = mark?.(r, c);
         if (sign && w >= 6 && h >= 6) drawMark(pen, sign, x, y, w, h, theme);
+        else if (cellText && w >= 34 && h >= 17) {
+          // dark on light cells, light on dark ones
+          const [red, green, blue] = fill.match(/\d+/g).map(Number);
+          pen.fillStyle = 0.299 * red + 0.587 * green + 0.114 * blue > 140 ? THEMES.light.ink : THEMES.dark.ink;
+          pen.font = `10.5px ${FONT}`; pen.textAlign = "center"; pen.textBaseline = "middle";
+          pen.fillText(cellText(r, c), x + w / 2, y + h / 2 + 0.5);
+        }
       }
     }
     pen.fillStyle = theme.soft; pen.textBaseline = "middle"; pen.textAlign = "right";
@@ -355,7 +362,7 @@ const ratioLegend = (theme, title) => ({ stops: theme.diverging, texts: ["¼×",
 class App {
   constructor(root, data, runs, state) {
     Object.assign(this, { root, data, runs });
-    this.state = { page: "health", run: 0, other: "", at: null, layer: null, sort: "id", cell: null, set: 0, theme: null, pinned: null, ...state };
+    this.state = { page: "health", run: 0, other: "", at: null, layer: null, sort: "id", cell: null, set: null, theme: null, pinned: null, ...state };
     if (this.state.run >= runs.length) this.state.run = 0;
     const page = location.hash.slice(1);
     if (!state && PAGES.some(([name]) => name === page)) this.state.page = page;
@@ -775,8 +782,8 @@ const DRAW = {
       app.figure(grid, {
         id: "overlap", title: `Overlap of checkpoints in ${app.layerName(layer)}`, explain: "overlap", note: `${probeNote} Share of a token's experts that two checkpoints have in common.`,
         draw: (width) => heatMap(app, { width: Math.min(width, 330), rows: P, columns: P, square: true, label: `Overlap of checkpoints of ${app.layerName(layer)}`,
-          colour: (r, c) => mix(theme.sequential, moved.overlap.at(layer, r, c)), rowText: (r) => short(moved.steps[r]), columnText: (c) => short(moved.steps[c]), columnTitle: "step",
-          legend: { stops: theme.sequential, texts: ["0", "½", "1"], title: "shared" },
+          colour: (r, c) => mix(theme.sequential, moved.overlap.at(layer, r, c)), cellText: (r, c) => percent(moved.overlap.at(layer, r, c)).replace(" %", ""), rowText: (r) => short(moved.steps[r]), columnText: (c) => short(moved.steps[c]), columnTitle: "step",
+          legend: { stops: theme.sequential, texts: ["0", "½", "1"], title: "shared (in cells: %)" },
           tip: (r, c) => [el("b", {}, `steps ${whole(moved.steps[r])} and ${whole(moved.steps[c])}`), tipRow("overlap", percent(moved.overlap.at(layer, r, c))), tipRow("chance", percent(floor(layer)))] }),
         csv: () => [["step", ...moved.steps], ...range(P).map((i) => [moved.steps[i], ...range(P).map((j) => moved.overlap.at(layer, i, j))])],
       });
@@ -818,7 +825,11 @@ const DRAW = {
     const { run, other, state } = app;
     if (!run.meaning) return app.missing(page, "Meaning", how("probe"));
     const sets = run.meaning.sets;
-    if (state.set >= sets.length) state.set = 0;
+    if (state.set == null || state.set >= sets.length) {
+      // the label that tells most of the expert comes first
+      const above = (set) => set.nmi.reduce((sum, [value, chance]) => sum + (value == null ? 0 : value - chance), 0);
+      state.set = sets.reduce((best, set, i) => (above(set) > above(sets[best]) ? i : best), 0);
+    }
     if (sets.length > 1) page.append(choice("Label", sets.map((set, i) => [i, set.name]), state.set, (set) => app.set({ set })));
     const grid = el("div", { class: "grid" });
     page.append(grid);
@@ -1024,7 +1035,7 @@ function loadMap(app, one, width) {
   const ratio = (r, c) => { const e = orders[r][c]; if (e == null) return NaN; const value = one.value(r, e); return one.difference ? 2 ** value : value; };
   return heatMap(app, {
     width, rows: run.layers.length, columns, label: `${one.title}: load of every expert by layer at step ${whole(app.step)}`,
-    colour: (r, c) => ratioColour(theme, ratio(r, c)), mark: (r, c) => ratioMark(ratio(r, c)),
+    colour: (r, c) => ratioColour(theme, ratio(r, c)), mark: (r, c) => ratioMark(ratio(r, c)), cellText: (r, c) => `${ratio(r, c).toFixed(2)}×`,
     rowText: (r) => String(run.layers[r].layer), rowTitle: "layer", columnText: (c) => String(state.sort === "id" ? c : c + 1),
     columnTitle: { id: "expert", load: "rank by load, in each layer", cluster: "experts that are chosen together stand together, in each layer" }[state.sort],
     legend: ratioLegend(theme, one.difference ? "ratio of loads" : "of the fair share"),
@@ -1195,12 +1206,12 @@ function drawStructure(app, grid, run, title, number_) {
   const text = (i) => String(order[i]);
   const symmetric = (array) => (r, c) => array.at(place, order[r], order[c]);
   const tree = { order, merges: shape.merges[place] };
-  const square = (width) => Math.min(width, 46 + 8 + 26 * E);
+  const square = (width) => Math.min(width, 46 + 8 + (E > 16 ? 26 : 36) * E);
   if (shape.lift) {
     const value = symmetric(shape.lift);
     app.figure(grid, {
       id: id("lift"), title: title(`Chosen together, ${name}`), explain: "lift", note: `Step ${whole(shape.step)}, N = ${whole(shape.tokens[place])} tokens. Clustered; the same order serves page 2.${stand}`,
-      draw: (width) => heatMap(app, { width: square(width), rows: E, columns: E, square: true, triangle: true, tree, label: `Co-activation lift in ${name}`, colour: (r, c) => ratioColour(theme, value(r, c)), mark: (r, c) => ratioMark(value(r, c)),
+      draw: (width) => heatMap(app, { width: square(width), rows: E, columns: E, square: true, triangle: true, tree, label: `Co-activation lift in ${name}`, colour: (r, c) => ratioColour(theme, value(r, c)), mark: (r, c) => ratioMark(value(r, c)), cellText: (r, c) => value(r, c).toFixed(1),
         rowText: text, columnText: text, legend: ratioLegend(theme, "lift"), tip: (r, c) => [el("b", {}, `experts ${order[r]} and ${order[c]}`), tipRow(`P(${order[c]} | ${order[r]}) lift`, times(value(r, c))), tipRow(`P(${order[r]} | ${order[c]}) lift`, times(value(c, r)))] }),
       csv: () => [["expert", ...range(E)], ...range(E).map((i) => [i, ...range(E).map((j) => shape.lift.at(place, i, j))])],
     });
@@ -1209,7 +1220,7 @@ function drawStructure(app, grid, run, title, number_) {
     const value = symmetric(shape.cosine);
     app.figure(grid, {
       id: id("cosine"), title: title(`Prototypes, ${name}`), explain: "cosine", note: `Cosine of the router's rows at step ${whole(shape.cosine_step)}, in the same order.`,
-      draw: (width) => heatMap(app, { width: square(width), rows: E, columns: E, square: true, triangle: true, tree, label: `Cosine of prototypes in ${name}`, colour: (r, c) => mix(theme.diverging, (value(r, c) + 1) / 2), rowText: text, columnText: text,
+      draw: (width) => heatMap(app, { width: square(width), rows: E, columns: E, square: true, triangle: true, tree, label: `Cosine of prototypes in ${name}`, colour: (r, c) => mix(theme.diverging, (value(r, c) + 1) / 2), cellText: (r, c) => value(r, c).toFixed(1).replace("-", "−"), rowText: text, columnText: text,
         legend: { stops: theme.diverging, texts: ["−1", "0", "1"], title: "cosine" }, tip: (r, c) => [el("b", {}, `experts ${order[r]} and ${order[c]}`), tipRow("cosine", number(value(r, c)))] }),
       csv: () => [["expert", ...range(E)], ...range(E).map((i) => [i, ...range(E).map((j) => shape.cosine.at(place, i, j))])],
     });
@@ -1220,7 +1231,7 @@ function drawStructure(app, grid, run, title, number_) {
     const value = (r, c) => shape.flow.at(onward, order[r], to[c]);
     app.figure(grid, {
       id: id("flow"), title: title(`From ${name} to layer ${run.layers[next].layer}`), explain: "flow", note: "Rows: experts of the first layer; columns: of the next.",
-      draw: (width) => heatMap(app, { width: Math.min(width, 54 + 26 * to.length), rows: E, columns: to.length, square: true, label: `Flow from ${name} to the next`, colour: (r, c) => ratioColour(theme, value(r, c)), mark: (r, c) => ratioMark(value(r, c)),
+      draw: (width) => heatMap(app, { width: square(width), rows: E, columns: to.length, square: true, label: `Flow from ${name} to the next`, colour: (r, c) => ratioColour(theme, value(r, c)), mark: (r, c) => ratioMark(value(r, c)), cellText: (r, c) => value(r, c).toFixed(1),
         rowText: text, columnText: (c) => String(to[c]), legend: ratioLegend(theme, "lift"), tip: (r, c) => [el("b", {}, `expert ${order[r]} → expert ${to[c]}`), tipRow("lift", times(value(r, c)))] }),
       csv: () => [["from", "to", "lift"], ...range(E).flatMap((r) => range(to.length).map((c) => [order[r], to[c], value(r, c)]))],
     });
@@ -1240,17 +1251,17 @@ function drawMeaning(app, grid, run, set, suffix, mark) {
   const structure = run.structure, at = structure ? structure.layers.indexOf(layer) : -1;
   const order = app.state.sort === "cluster" && at >= 0 ? structure.order[at] : range(E);
   const ratio = (r, c) => set.share.at(place, r, order[c]) / chance;
+  if (set.grid) app.figure(grid, {
+    id: `tiles${mark}`, title: `Where each expert looks, ${name}${suffix}`, explain: "share", wide: !suffix && E > 20, note: `One tile an expert, laid out as the ${set.name} grid.`,
+    draw: (width) => gridTiles(app, set, place, E, chance, width),
+    csv: () => [[set.name, ...range(E).map((e) => `expert ${e}`)], ...range(V).map((v) => [set.names[v], ...range(E).map((e) => set.share.at(place, v, e))])],
+  });
   if (!set.grid || V <= 64) app.figure(grid, {
     id: `share${mark}`, title: `${set.name} × expert, ${name}${suffix}`, explain: "share", wide: E > 20 && !suffix, note: `Probe at step ${whole(run.meaning.step)}; against k/E = ${percent(chance)}.`,
     draw: (width) => heatMap(app, { width, rows: V, columns: E, tall: Math.max(9, Math.min(24, 460 / V)), label: `Share of each ${set.name}'s tokens that goes to each expert of ${name}`,
-      colour: (r, c) => ratioColour(theme, ratio(r, c)), mark: (r, c) => ratioMark(ratio(r, c)), rowText: (r) => (set.grid ? set.grid[r].join(",") : clip(set.names[r], 7)), columnText: (c) => String(order[c]), columnTitle: "expert", legend: ratioLegend(theme, "of k/E"),
+      colour: (r, c) => ratioColour(theme, ratio(r, c)), mark: (r, c) => ratioMark(ratio(r, c)), cellText: (r, c) => percent(set.share.at(place, r, order[c])), rowText: (r) => (set.grid ? set.grid[r].join(",") : clip(set.names[r], 7)), columnText: (c) => String(order[c]), columnTitle: "expert", legend: ratioLegend(theme, "of k/E"),
       tip: (r, c) => [el("b", {}, `${set.name} ${set.names[r]}, expert ${order[c]}`), tipRow("share of its tokens", percent(set.share.at(place, r, order[c]))), tipRow("against k/E", times(ratio(r, c))), tipRow("N", whole(set.counts[r]))] }),
     csv: () => [[set.name, "tokens", ...range(E).map((e) => `expert ${e}`)], ...range(V).map((v) => [set.names[v], set.counts[v], ...range(E).map((e) => set.share.at(place, v, e))])],
-  });
-  if (set.grid) app.figure(grid, {
-    id: `tiles${mark}`, title: `Where each expert looks, ${name}${suffix}`, explain: "share", wide: !suffix, note: `One tile an expert, laid out as the ${set.name} grid.`,
-    draw: (width) => gridTiles(app, set, place, E, chance, width),
-    csv: () => [[set.name, ...range(E).map((e) => `expert ${e}`)], ...range(V).map((v) => [set.names[v], ...range(E).map((e) => set.share.at(place, v, e))])],
   });
 }
 const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
@@ -1347,6 +1358,7 @@ export async function mount(root, data) {
     const { theme } = app.state;
     app.play(false);
     app.printing = on;
+    root.classList.toggle("printing", on);
     if (on) { app.before = theme; app.state.theme = "light"; root.style.width = "688px"; } else { app.state.theme = app.before ?? null; root.style.width = ""; }
     app.draw();
   };
