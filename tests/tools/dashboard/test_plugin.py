@@ -246,6 +246,10 @@ def test_in_a_browser(served):
         browser.wait(f"return {FRAME}?.querySelector('#gatewright .fig svg') !== null && !!{FRAME}?.body", 60)
         browser.wait(f"return !!{FRAME}.querySelector('h1')")
         assert browser.run(f"return {FRAME}.querySelector('h1').textContent") == "<b>first</b>"
+        worn = f"return {FRAME}.querySelector('#gatewright').dataset.theme"
+        for theme in ("dark", "light"):
+            browser.run(f"document.body.classList.toggle('dark-mode', {json.dumps(theme == 'dark')})")
+            browser.wait(f"{worn} === '{theme}'")
         assert "layer 1 has collapsed" in browser.run(f"return {FRAME}.body.textContent")
         boxes = "querySelectorAll('.runs fieldset input')"
         assert browser.run(f"return [...{FRAME}.{boxes}].map(box => box.value)")[-1] == "sub/second"

@@ -45,12 +45,24 @@ class Tab {
     const nav = make("nav", { class: "runs", "aria-label": "Runs", onkeydown: (event) => event.stopPropagation() },
       this.choice, make("span", { class: "live" }, this.state, make("label", {}, this.live, " follow")));
     body.append(nav, this.message, this.page);
-    const dark = window.parent !== window && window.parent.document.body.classList.contains("dark-mode");
-    if (dark) this.page.gatewrightState = { theme: "dark" };
+    if (window.parent !== window) this.wear(window.parent.document.body);
     this.runs = [];
     this.chosen = null; // names; null until there are runs
     this.drawn = "";
     this.pause = EVERY;
+  }
+
+  /** Dark or light as TensorBoard is, from now on. */
+  wear(theirs) {
+    const theme = () => (theirs.classList.contains("dark-mode") ? "dark" : "light");
+    let last = theme();
+    this.page.gatewrightState = { theme: last };
+    new MutationObserver(() => {
+      if (theme() === last) return;
+      last = theme();
+      this.page.gatewrightState.theme = last;
+      if (this.data) mount(this.page, this.data);
+    }).observe(theirs, { attributeFilter: ["class"] });
   }
 
   async start() {
@@ -115,6 +127,7 @@ class Tab {
     const data = await ask(`data?${new URLSearchParams(this.chosen.map((name) => ["run", name]))}`);
     if (data.message) { this.say(data.message); return; }
     await mount(this.page, data);
+    this.data = data;
     this.page.hidden = false;
     this.message.hidden = true;
     this.drawn = state;
