@@ -57,6 +57,13 @@ setup(
     extras_require=EXTRAS,
     packages=find_packages(),
     package_dir={"gatewright": "."},
-    package_data={"": ["*.json", "*.html", "*.css", "*.js", "*.safetensors"]},
-    entry_points={"console_scripts": ["gatewright = gatewright.tools.cli:main"]},
+    package_data={
+        "": ["*.json", "*.html", "*.css", "*.js", "*.safetensors"],
+        # folders of data, which are no packages
+        "gatewright.tools.dashboard": ["page/*", "demo/README.md", "demo/routing/*"],
+    },
+    entry_points={
+        "console_scripts": ["gatewright = gatewright.tools.cli:main"],
+        "tensorboard_plugins": ["gatewright_routing = gatewright.tools.dashboard.plugin:RoutingPlugin"],
+    },
 )

@@ -4,6 +4,7 @@ from .dispatch import DispatchPlan
 from .experts import ExpertSpec, FeedForward, GroupedExperts
 from .layer import MoELayer, finish_step, moe_layers
 from .parallel import ExpertParallel
+from .record import Recorder
 from .segment import SegmentFeedForward, SegmentMoELayer
 from .upcycling import FeedForwardWeights, merge_experts, split_feed_forward, upcycle
 
@@ -15,6 +16,7 @@ __all__ = [
     "FeedForwardWeights",
     "GroupedExperts",
     "MoELayer",
+    "Recorder",
     "SegmentFeedForward",
     "SegmentMoELayer",
     "finish_step",

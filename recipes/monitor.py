@@ -1,22 +1,26 @@
-"""What the routers did between two log lines: loads, losses and drops, added up over micro-batches and ranks.
+"""What the routers of a recipe's run do: recorded into RUN/routing, and told in the recipe's log lines.
 
-    monitor.add(routings);  ...;  report = monitor.collect()      collective: every rank calls it
+    monitor = RoutingMonitor(model, run, every=20)
+    monitor.step(step, totals);  ...;  report = monitor.collect()      collective: every rank calls them
 
-Counts are summed over ranks before any ratio is taken. Entropy and MaxVio are those of the routed experts: the others
-are chosen by rule, not by load.
+``gatewright.moe.record`` counts and ``gatewright.moe.metrics`` measures; a dense model is let be.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gatewright.moe import moe_layers
-from gatewright.moe.metrics import collapse_aware_entropy, max_violation
-from gatewright.routers import Routing
+from gatewright.moe.record import Recorder, measures
+from gatewright.recipes.data.draw import Draw
+from gatewright.recipes.models import Objective
+
+PROBE_IMAGES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +28,16 @@ class RoutingReport:
     """One entry a MoE layer, in order.
 
     Attributes:
-        shares: [E] of each layer's load that each routed expert took; sums to 1.
         entropy: collapse-aware, 0 to 1.
         max_violation: 0 = even.
         dropped: share of the requested assignments that capacity dropped.
         losses: the mean over micro-batches of each auxiliary loss, as weighted.
     """
 
-    shares: list[list[float]]
-    entropy: list[float]
-    max_violation: list[float]
-    dropped: list[float]
-    losses: list[dict[str, float]]
+    entropy: list[float] = dataclasses.field(default_factory=list)
+    max_violation: list[float] = dataclasses.field(default_factory=list)
+    dropped: list[float] = dataclasses.field(default_factory=list)
+    losses: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def line(self) -> str:
         """Entropy and MaxVio over the layers, in a few words."""
@@ -53,58 +55,46 @@ class RoutingReport:
 class RoutingMonitor:
     """
     Args:
-        model: its MoE layers say which experts are routed.
-        top_k: experts a token, on average.
+        model: the engine's module.
+        run: the run's folder.
+        every: optimizer steps a window.
     """
 
-    def __init__(self, model: torch.nn.Module, top_k: float) -> None:
-        self.layers, self.top_k = moe_layers(model), top_k
-        self.routed = [
-            [i for i, kind in enumerate(layer.router.expert_kinds) if kind == "routed"] for layer in self.layers
-        ]
-        self._sums: list[dict[str, Tensor]] = []
-        self._micro_batches = 0
+    def __init__(self, model: torch.nn.Module, run: Path, *, every: int) -> None:
+        self.recorder = Recorder(model, run, every=every) if moe_layers(model) else None
 
-    def add(self, routings: list[Routing]) -> None:
-        """Takes the decisions of one micro-batch, one a MoE layer. Waits for no device."""
-        rows = [
-            {"load": routing.load_E(), "requested": routing.requested_E()}
-            | {f"loss/{name}": value.detach().double() for name, value in routing.losses.items()}
-            for routing in routings
-        ]
-        self._sums = (
-            rows if not self._sums else [{k: a[k] + b[k] for k in a} for a, b in zip(self._sums, rows, strict=True)]
-        )
-        self._micro_batches += 1
+    def step(self, step: int, totals: dict[str, float]) -> None:
+        """Ends an optimizer step; ``totals`` stand beside the routing in the log."""
+        if self.recorder is not None:
+            self.recorder.step(step, **totals)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self.recorder is not None:
+            self.recorder.log(step, **values)
 
     def collect(self) -> RoutingReport:
-        """The report since the last call; then starts anew."""
-        reports = []
-        for routed, sums in zip(self.routed, self._sums, strict=True):
-            names = sorted(sums)
-            flat = torch.cat(
-                [sums[name].double().flatten() for name in names]
-                + [torch.tensor([self._micro_batches]).to(sums["load"]).double()]
-            )
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(flat)
-            *parts, micro_batches = flat.cpu().split([sums[name].numel() for name in names] + [1])
-            total = dict(zip(names, parts, strict=True))
-            load, requested = total["load"][routed], total["requested"][routed]
-            reports.append(
-                {
-                    "shares": (load / load.sum()).tolist(),
-                    "entropy": collapse_aware_entropy(load, self.top_k).item(),
-                    "max_violation": max_violation(load).item(),
-                    "dropped": (1 - load.sum() / requested.sum()).item(),
-                    "losses": {
-                        n.removeprefix("loss/"): (total[n] / micro_batches).item()
-                        for n in names
-                        if n.startswith("loss/")
-                    },
-                }
-            )
-        self._sums, self._micro_batches = [], 0
+        """The report of the last window, which ends here."""
+        window = None if self.recorder is None else self.recorder.flush()
+        if window is None:
+            return RoutingReport()
+        layers = self.recorder.layers
+        measured = measures(window, layers)
         return RoutingReport(
-            **{field.name: [r[field.name] for r in reports] for field in dataclasses.fields(RoutingReport)}
+            losses=[
+                {name: float(values[place]) for name, values in window.losses.items()} for place in range(len(layers))
+            ],
+            **{name: measured[name].tolist() for name in ("entropy", "max_violation", "dropped")},
         )
+
+    def probe(self, step: int, objective: Objective, model: torch.nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Records every decision for the first held-out images, at noise and times that never change."""
+        if self.recorder is not None:
+            count = min(PROBE_IMAGES, len(images))
+            device = next(model.parameters()).device
+            batch: tuple[Any, ...] = (images[:count].to(device), labels[:count].to(device))
+            with self.recorder.probing(step, {"class": labels[:count]}):
+                objective.score(model, *batch, Draw(0, 0, tuple(range(count))))
+
+    def close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()

@@ -5,7 +5,8 @@
 
     loss = objective (flow: mean (v(x_s, s) - (eps - x_0))^2) + sum over MoE blocks of the router's losses
 
-A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``samples.png``.
+A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``routing/`` (what the
+routers did: ``gatewright dashboard RUN``), ``samples.png``.
 ``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
 rank sees and draws in a step follows from the seed and the step alone, so a run is the same on every layout up to
 rounding.
@@ -40,14 +41,16 @@ from gatewright.moe.hosts.deepspeed_checkpoint import find_latest, load_checkpoi
 from gatewright.moe.hosts.deepspeed_config import default_config, read_config
 from gatewright.moe.hosts.deepspeed_ema import EMA
 from gatewright.moe.parallel import check_divides_world
+from gatewright.moe.record import Recorder
 from gatewright.recipes.console import MISTAKES, Parser, describe, fail, is_first_rank
 from gatewright.recipes.data import Data, batches, load_data
 from gatewright.recipes.data.autoencoder import load_autoencoder
 from gatewright.recipes.models import DiT, DiTConfig, create_objective, dit_config, draw_samples, validation_loss
 from gatewright.recipes.models.dit_config import DENSE
-from gatewright.recipes.monitor import RoutingMonitor
+from gatewright.recipes.monitor import RoutingMonitor, RoutingReport
 from gatewright.recipes.picture import save_grid
 from gatewright.routers import router_options
+from gatewright.tools.dashboard.scalars import RoutingScalars
 from gatewright.tools.runs import Run, read_run
 
 PROGRAM = "promoe_dit"
@@ -213,7 +216,7 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     saved = resumed and find_latest(run / "checkpoints") is not None
     first_step = load_checkpoint(engine, run / "checkpoints")["step"] if saved else 0
     ema = EMA(engine, decay=args.ema)
-    monitor, log = RoutingMonitor(model, config.top_k), RunLog(run, args, first_step)
+    monitor, log = RoutingMonitor(model, run, every=args.log_every), RunLog(run, args, first_step)
     micro_batches = engine.gradient_accumulation_steps()
     highest_rates = [group["lr"] for group in engine.optimizer.param_groups]
 
@@ -233,7 +236,6 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
                     f"step {step}: the loss is {means}{blame(model, objective, images, labels, batch.draw)}"
                 )
             totals = {name: totals.get(name, 0.0) + value / micro_batches for name, value in means.items()}
-            monitor.add(result.routings)
             engine.backward(result.total)
             engine.step()
         if engine.was_step_applied():
@@ -241,14 +243,20 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
             ema.update(step + 1)
         totals["grad_norm"] = global_grad_norm(engine)
         log.step(step, totals)
+        monitor.step(step, totals)
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            log.routing(step, monitor.collect())
+            log.routing(step, monitor.collect(), monitor.recorder)
         if done % args.eval_every == 0 or done == args.steps:
             with ema.applied():
-                log.validation(step, validate(objective, model, data, args, rank, ranks))
+                losses = validate(objective, model, data, args, rank, ranks)
+            log.validation(step, losses)
+            monitor.log(step, {f"validation/{name}": value for name, value in losses.items()})
+            monitor.probe(done, objective, model, *validation_images(data, args))
         if done % args.save_every == 0 or done == args.steps:
+            monitor.collect()  # a window that reached beyond the checkpoint would be lost by going on from it
             save_checkpoint(engine, run / "checkpoints", extra={"step": done})
+    monitor.close()
     with ema.applied():
         picture = draw_picture(objective, model, data, args, run)
     log.close(picture)
@@ -355,9 +363,14 @@ def blame(model: torch.nn.Module, objective, images: Tensor, labels: Tensor, dra
 
 
 def validate(objective, model, data: Data, args: argparse.Namespace, rank: int, ranks: int) -> dict[str, float]:
-    count = min(args.validation_images, len(data.validation))
-    images, labels = data.validation.images(range(count)), data.validation.labels[:count]
+    images, labels = validation_images(data, args)
     return validation_loss(objective, model, images, labels, rank=rank, ranks=ranks)
+
+
+def validation_images(data: Data, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The held-out images that are scored, and their labels."""
+    count = min(args.validation_images, len(data.validation))
+    return data.validation.images(range(count)), data.validation.labels[:count]
 
 
 def draw_picture(objective, model, data: Data, args: argparse.Namespace, run: Path) -> Path:
@@ -386,6 +399,7 @@ class RunLog:
 
     def __init__(self, run: Path, args: argparse.Namespace, first_step: int) -> None:
         self.run, self.args, self.writer = run, args, None
+        self.scalars: RoutingScalars | None = None
         self._since, self._images, self._last = time.perf_counter(), 0, {}
         self.bar = tqdm(
             total=args.steps,
@@ -404,23 +418,18 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {totals['loss']:.4f}", refresh=False)
         self.bar.update()
 
-    def routing(self, step: int, report) -> None:
+    def routing(self, step: int, report: RoutingReport, recorder: Recorder | None) -> None:
         """The line: losses, images a second since the last one, and what the routers did."""
         now = time.perf_counter()
         speed, self._since, self._images = self._images / (now - self._since), now, 0
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in self._last.items())
-        self._say(f"step {step + 1}/{self.args.steps}  {losses}  {speed:.0f} images/s  {report.line()}")
+        last = "  ".join(f"{name} {value:.4f}" for name, value in self._last.items())
+        self._say(f"step {step + 1}/{self.args.steps}  {last}  {speed:.0f} images/s  {report.line()}")
         self._scalars("train", self._last | {"images_per_second": speed}, step)
-        for layer, shares in enumerate(report.shares):
-            measures = {
-                "entropy": report.entropy[layer],
-                "max_violation": report.max_violation[layer],
-                "dropped": report.dropped[layer],
-            }
-            self._scalars(f"routing/layer_{layer:02d}", measures | report.losses[layer], step)
-            self._scalars(
-                f"load/layer_{layer:02d}", {f"expert_{expert:03d}": share for expert, share in enumerate(shares)}, step
-            )
+        if self.writer is not None and recorder is not None:
+            self.scalars = self.scalars or RoutingScalars(self.writer)
+            self.scalars.write(recorder)
+        for layer, losses in enumerate(report.losses):
+            self._scalars(f"routing/layer_{layer:02d}", losses, step)
 
     def validation(self, step: int, losses: dict[str, float]) -> None:
         self._say(
@@ -436,7 +445,7 @@ class RunLog:
             self.writer.close()
             print(
                 f"run {self.run}: samples in {picture}, checkpoint in {find_latest(self.run / 'checkpoints')}, log by "
-                f"`tensorboard --logdir {self.run / 'tensorboard'}`, more samples by "
+                f"`tensorboard --logdir {self.run}`, more samples by "
                 f"`python recipes/sample_dit.py {self.run}`"
             )
 

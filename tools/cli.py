@@ -22,7 +22,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gatewright.tools.check_router",
         "say whether a router, yours or a listed one, keeps its contract",
     ),
+    "dashboard": (
+        "gatewright.tools.dashboard.command",
+        "draw the routing of recorded runs as one HTML file",
+    ),
     "export": ("gatewright.tools.export", "turn a training run into safetensors weights and a JSON configuration"),
+    "import-routing": (
+        "gatewright.tools.dashboard.importers",
+        "make a routing log of counts, of Megatron-LM's routing trace or of router logits",
+    ),
     "routers": ("gatewright.tools.routers", "list the routers, or show one with its options"),
 }
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from gatewright.moe.hosts.deepspeed_checkpoint import find_latest
+from gatewright.moe.record_log import read_log
 from gatewright.recipes import promoe_dit
 from gatewright.recipes.data import load_data
 
@@ -77,7 +78,8 @@ def test_what_a_run_leaves(whole):
     assert Image.open(folder / "samples.png").size[0] > 0
     last = said.strip().splitlines()[-1]
     assert all(
-        str(path) in last for path in (folder, folder / "samples.png", folder / "checkpoints", folder / "tensorboard")
+        said in last
+        for said in (f"run {folder}", str(folder / "samples.png"), str(folder / "checkpoints"), f"--logdir {folder}`")
     )
     assert "routing_contrastive" in said and "entropy" in said and "images/s" in said and "null" in said
 
@@ -88,12 +90,26 @@ def test_the_log_holds_every_loss_apart(whole):
     log = EventAccumulator(str(whole[0] / "tensorboard")).Reload()
     tags = set(log.Tags()["scalars"])
     assert {"train/loss", "train/flow", "train/routing_contrastive", "train/grad_norm", "validation/null"} <= tags
-    assert {"routing/layer_00/entropy", "routing/layer_00/dropped", "load/layer_00/expert_000"} <= tags
-    shares = [log.Scalars(f"load/layer_00/expert_{expert:03d}")[-1].value for expert in range(6)]
-    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert {"routing/entropy", "routing/layer_00/entropy", "routing/layer_00/routing_contrastive"} <= tags
+    assert [event.step for event in log.Scalars("routing/layer_02/entropy")] == [3, 7]
+    assert "custom_scalars__config__" in log.Tags()["tensors"]
     steps = [event.value for event in log.Scalars("train/loss")]
     parts = zip(log.Scalars("train/flow"), log.Scalars("train/routing_contrastive"), strict=True)
     assert steps == pytest.approx([a.value + b.value for a, b in parts], rel=1e-5)
+
+
+def test_the_routing_is_recorded(whole):
+    """Every token of every step, the losses beside it, and the probe with its labels."""
+    log = read_log(whole[0])
+    assert log.complete and log.notices == [] and log.steps.tolist() == [3, 7]
+    assert [layer.name for layer in log.layers] == ["blocks.1.mlp", "blocks.3.mlp", "blocks.5.mlp"]
+    # 16 images a step of 16 patches; an image without its label goes elsewhere, and every other token to one expert
+    assert (log.counts.sum(-1) == log.tokens).all() and (log.tokens % 16 == 0).all()
+    assert (log.tokens <= 4 * 16 * 16).all() and (log.tokens > 4 * 16 * 16 * 0.6).all()
+    assert log.scalars["loss"][0].tolist() == list(range(8)) and "validation/null" in log.scalars
+    assert (log.losses["routing_contrastive"] > 0).all()
+    assert [probe.step for probe in log.probes] == [8] and log.probes[0].index[0].shape == (8 * 16, 1)
+    assert {"class", "patch", "timestep"} <= log.probe_labels.keys()
 
 
 def test_killed_and_resumed_is_not_disturbed(whole, tmp_path):
@@ -115,6 +131,8 @@ def test_killed_and_resumed_is_not_disturbed(whole, tmp_path):
     assert expected.keys() == actual.keys()
     different = [name for name in expected if not torch.equal(expected[name], actual[name])]
     assert not different, f"{len(different)} tensors differ after the resume, such as {different[:3]}"
+    once, again = read_log(whole[0]), read_log(folder)
+    assert again.steps.tolist() == [3, 7] and (again.counts == once.counts).all()
 
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path):

@@ -1,0 +1,382 @@
+"""What a recorder adds up: the decisions of L layers, reduced on their device into tensors of fixed shape.
+
+Nothing here waits for the device. Counts are of every token; what looks into logits and scores is of a sample of
+tokens, drawn by place and not by content. Layers of equal shape are reduced together, at the end of a forward, so that
+the number of kernels does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ..routers.base import Routing
+from .layer import _runs
+from .record_log import ACTIVE, MARGIN_EDGES, POSITIONS
+
+BINS = len(MARGIN_EDGES) - 1
+SUBSETS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Which of a layer's expert ids are loaded: ``routed``, of ``size``. ``always``: whether every real token can take
+    one of them."""
+
+    routed: tuple[int, ...]
+    size: int
+    always: bool = True
+
+    @property
+    def whole(self) -> bool:
+        return len(self.routed) == self.size
+
+    @functools.cached_property
+    def stretches(self) -> list[tuple[int, int]]:
+        """The routed ids as first and last of each stretch without a gap."""
+        return _runs(list(self.routed))
+
+    def columns(self, values: Tensor) -> Tensor:
+        """[..., size] -> [..., E]: those of the routed experts."""
+        if self.whole:
+            return values
+        parts = [values[..., first : last + 1] for first, last in self.stretches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def holds(self, ids: Tensor) -> Tensor:
+        """Which ids are those of routed experts. [...] -> [...] bool"""
+        if self.whole:
+            return ids >= 0
+        return torch.stack([(ids >= first) & (ids <= last) for first, last in self.stretches]).any(0)
+
+
+@dataclasses.dataclass
+class _Seen:
+    """One layer's decision in one forward: what is counted, and the sampled rows."""
+
+    tokens: int | Tensor
+    load: Tensor
+    requested: Tensor | None
+    sigmoid: bool
+    chosen: Tensor | None = None
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+    valid: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def shapes(self) -> tuple:
+        """Layers with equal ones are reduced together."""
+        parts = (self.valid, self.load, self.requested, self.chosen, self.logits, self.scores)
+        kinds = ((part.shape, part.dtype, part.device) if part is not None else None for part in parts)
+        return (*kinds, self.sigmoid, isinstance(self.tokens, Tensor))
+
+
+class RoutingSums:
+    """
+    Args:
+        banks: one a layer.
+        sample: tokens of a layer and forward that are looked at closely; 0 = all.
+
+    Attributes:
+        look_closely: whether the next forwards are looked at, or counted alone.
+        with_structure: whether it is added up which experts their tokens have together.
+    """
+
+    def __init__(self, banks: list[Bank], sample: int) -> None:
+        self.banks, self.sample = banks, sample
+        self.experts = max((len(bank.routed) for bank in banks), default=0)
+        self.sums: dict[str, Tensor] = {}
+        self.loss_keys: list[tuple[int, str]] = []
+        self.losses: Tensor | None = None
+        self.structure: dict[str, Tensor] = {}
+        self.look_closely = True
+        self.with_structure = False
+        self._seen: dict[int, _Seen] = {}
+        self._pending_losses: dict[tuple[int, str], Tensor] = {}
+        self._cache: dict[tuple, Tensor] = {}
+        self._turn = 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        layers = len(self.banks)
+        vectors = ("tokens", "sampled", "entropy_sum", "mass_sum", "z_sum", "logit_square_sum")
+        return {name: (layers,) for name in vectors} | {
+            "counts": (layers, self.experts),
+            "dropped": (layers, self.experts),
+            "score_sum": (layers, self.experts),
+            "margin_histogram": (layers, BINS),
+            "active_histogram": (layers, ACTIVE),
+            "drops": (layers, POSITIONS, 2),
+        }
+
+    def allocate(self, device: torch.device) -> None:
+        """Makes the tensors, all 0, where there are none yet."""
+        if not self.sums:
+            self.sums = {name: torch.zeros(s, dtype=torch.float64, device=device) for name, s in self.shapes().items()}
+
+    def allocate_structure(self, device: torch.device) -> None:
+        if not self.structure:
+            layers, square = len(self.banks), (self.experts, self.experts)
+            made = {"coactivation": (layers, *square), "flow": (max(0, layers - 1), *square)}
+            self.structure = {n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in made.items()}
+
+    def clear(self) -> None:
+        """Begins a new window."""
+        for value in self.sums.values():
+            value.zero_()
+        self.loss_keys, self.losses = [], None
+
+    @torch.no_grad()
+    def add(self, layer: int, routing: Routing, real_T: Tensor | None, length: int, *, sigmoid: bool = False) -> None:
+        """Takes a layer's decision in a training forward.
+
+        Args:
+            real_T: [T] True = a token, False = padding; None = all are tokens.
+            length: of a sequence; T is a multiple.
+            sigmoid: whether scores that the routing lacks are shares of sigmoids of its logits, not a softmax.
+        """
+        if layer in self._seen:
+            # another forward: a micro-batch, or a layer that runs twice
+            self.reduce()
+        bank = self.banks[layer]
+        reference = next(t for t in (routing.index, routing.expert, routing.dispatch, routing.logits) if t is not None)
+        self.allocate(reference.device)
+        tokens, taking_T = self._tokens(routing, bank, real_T)
+        seen = _Seen(tokens=tokens, load=self._load(routing), requested=routing.requested, sigmoid=sigmoid)
+        if self.look_closely and (routing.logits is not None or routing.scores is not None):
+            rows = self._rows(routing.num_tokens, reference.device)
+
+            def sampled(values: Tensor | None) -> Tensor | None:
+                if values is None:
+                    return None
+                values = values.detach() if rows is None else values.detach().index_select(0, rows)
+                return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+            ids = routing.index if routing.selected is None else None
+            seen.chosen = sampled(self._chosen(routing, bank.size) if ids is None else ids)
+            seen.valid = sampled(taking_T)
+            if routing.logits is not None:
+                seen.logits = bank.columns(sampled(routing.logits))
+            if routing.scores is not None:
+                seen.scores = bank.columns(sampled(routing.scores))
+        if self.with_structure:
+            seen.mask = self._chosen(routing, bank.size)
+        self._seen[layer] = seen
+        if routing.requested is not None and routing.index is not None:
+            self._add_drops(layer, routing, bank, length)
+        self._pending_losses.update({(layer, name): value.detach() for name, value in routing.losses.items()})
+
+    def _rows(self, tokens: int, device: torch.device) -> Tensor | None:
+        """The sampled tokens: by turns one of several random subsets, so that none follows the sequences' length."""
+        if not self.sample or tokens <= self.sample:
+            return None
+        self._turn += 1
+        turn = self._turn % SUBSETS
+        if ("rows", tokens, device, turn) not in self._cache:
+            generator = torch.Generator().manual_seed(turn)
+            for number in range(SUBSETS):
+                rows = torch.randperm(tokens, generator=generator)[: self.sample].sort().values
+                self._cache["rows", tokens, device, number] = rows.to(device)
+        return self._cache["rows", tokens, device, turn]
+
+    def _tokens(self, routing: Routing, bank: Bank, real_T: Tensor | None) -> tuple[int | Tensor, Tensor | None]:
+        """How many tokens can take a routed expert, and which, None = all."""
+        taking_T = real_T
+        if not bank.always and routing.scores is not None:
+            taking_T = bank.columns(routing.scores.detach()).sum(-1) > 0
+            taking_T = taking_T if real_T is None else taking_T & real_T
+        return (routing.num_tokens, None) if taking_T is None else (taking_T.sum(), taking_T)
+
+    def _load(self, routing: Routing) -> Tensor:
+        """[T, K] or [N] ids to be counted with those of other layers, or already [E] counts."""
+        if routing.selected is None and routing.index is not None:
+            return routing.index
+        return routing.load_E().double()
+
+    def _chosen(self, routing: Routing, size: int) -> Tensor:
+        """[T, size] bool: which experts each token has."""
+        if routing.selected is not None:
+            return routing.selected
+        if routing.index is not None:
+            return _mask(routing.index, size)
+        if routing.dispatch is not None:
+            return torch.ones(routing.num_tokens, size, dtype=torch.bool, device=routing.dispatch.device)
+        cells = torch.zeros(routing.num_tokens * size, dtype=torch.bool, device=routing.expert.device)
+        return cells.index_fill_(0, routing.token * size + routing.expert, True).view(-1, size)
+
+    def _add_drops(self, layer: int, routing: Routing, bank: Bank, length: int) -> None:
+        """Dropped and requested assignments by sixteenth of the sequence."""
+        index, requested = routing.index, routing.requested
+        key = ("place", routing.num_tokens, length, index.device)
+        if key not in self._cache:
+            place = torch.arange(routing.num_tokens, device=index.device) % length * POSITIONS // length
+            self._cache[key] = place
+        asked, kept = (bank.holds(ids).sum(1) for ids in (requested, index))
+        both = torch.stack([asked - kept, asked], dim=1).double()
+        self.sums["drops"][layer].index_add_(0, self._cache[key], both.to(self.sums["drops"].device))
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Adds up what the last forward left."""
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for layer, seen in sorted(self._seen.items()):
+            groups[seen.shapes, self.banks[layer]].append(layer)
+        for layers in groups.values():
+            self._reduce_group(layers)
+        if self.with_structure and self._seen:
+            self._add_structure()
+        self._seen.clear()
+        if self._pending_losses:
+            self._add_losses()
+
+    def _reduce_group(self, layers: list[int]) -> None:
+        seen, bank = [self._seen[layer] for layer in layers], self.banks[layers[0]]
+        counts = self._counts([s.load for s in seen], bank)
+        self._add("counts", layers, counts)
+        if seen[0].requested is not None:
+            self._add("dropped", layers, self._counts([s.requested for s in seen], bank) - counts)
+        tokens = [s.tokens for s in seen]
+        if isinstance(tokens[0], Tensor):
+            self._add("tokens", layers, torch.stack(tokens))
+        elif len(set(tokens)) == 1 and len(layers) == len(self.banks):
+            self.sums["tokens"] += tokens[0]
+        else:
+            for layer, number in zip(layers, tokens, strict=True):
+                self.sums["tokens"][layer] += number
+        if seen[0].chosen is not None:
+            self._sum_sample(layers, seen, bank)
+
+    def _counts(self, loads: list[Tensor], bank: Bank) -> Tensor:
+        """[G, E] of ids, or of counts as they are."""
+        load = torch.stack(loads)
+        if load.is_floating_point():
+            return bank.columns(load)
+        ids = load.flatten(1)
+        counts = torch.zeros(len(ids), bank.size + 1, dtype=torch.float64, device=ids.device)
+        counts.scatter_add_(1, torch.where(ids < 0, bank.size, ids), self._ones(ids))
+        return bank.columns(counts[:, : bank.size])
+
+    def _ones(self, like: Tensor) -> Tensor:
+        key = ("one", like.device)
+        if key not in self._cache:
+            self._cache[key] = torch.ones((), dtype=torch.float64, device=like.device)
+        return self._cache[key].expand(like.shape)
+
+    def _sum_sample(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
+        """Sums over the sampled tokens n of a group of layers."""
+        chosen = torch.stack([s.chosen for s in seen])
+        chosen_GnE = bank.columns(chosen if chosen.dtype == torch.bool else _mask(chosen, bank.size))
+        valid_Gn = None if seen[0].valid is None else torch.stack([s.valid for s in seen])
+        z_GnE = None if seen[0].logits is None else torch.stack([s.logits for s in seen])
+        if seen[0].scores is not None:
+            s_GnE = torch.stack([s.scores for s in seen])
+            if not bank.whole:
+                sum_Gn1 = s_GnE.sum(-1, keepdim=True)
+                some_Gn = sum_Gn1[..., 0] > 0
+                valid_Gn = some_Gn if valid_Gn is None else valid_Gn & some_Gn
+                s_GnE = s_GnE / sum_Gn1.masked_fill(sum_Gn1 == 0, 1)
+        elif seen[0].sigmoid:
+            s_GnE = z_GnE.sigmoid()
+            s_GnE = s_GnE / s_GnE.sum(-1, keepdim=True).clamp(min=torch.finfo(s_GnE.dtype).tiny)
+        else:
+            s_GnE = z_GnE.softmax(-1)
+
+        tiny = torch.finfo(s_GnE.dtype).tiny
+        per_token = [
+            torch.ones_like(s_GnE[..., 0]),
+            -(s_GnE * s_GnE.clamp(min=tiny).log()).sum(-1),
+            (s_GnE * chosen_GnE).sum(-1),
+        ]
+        names = ["sampled", "entropy_sum", "mass_sum"]
+        if z_GnE is not None:
+            finite_GnE = z_GnE.isfinite()
+            z0_GnE = z_GnE.masked_fill(~finite_GnE, 0)
+            number_Gn = finite_GnE.sum(-1)
+            per_token += [z_GnE.logsumexp(-1).square(), z0_GnE.square().sum(-1) / number_Gn]
+            names += ["z_sum", "logit_square_sum"]
+            centred_GnE = (z0_GnE - (z0_GnE.sum(-1) / number_Gn)[..., None]).masked_fill(~finite_GnE, 0)
+            deviation_Gn = (centred_GnE.square().sum(-1) / number_Gn).sqrt()
+            self._add_margins(layers, z_GnE, chosen_GnE, deviation_Gn, valid_Gn)
+        values_VGn = torch.stack(per_token)
+        if valid_Gn is not None:
+            values_VGn = torch.where(valid_Gn, values_VGn, 0)
+            s_GnE = torch.where(valid_Gn[..., None], s_GnE, 0)
+        for name, value in zip(names, values_VGn.sum(-1, dtype=torch.float64), strict=True):
+            self._add(name, layers, value)
+        self._add("score_sum", layers, s_GnE.sum(1, dtype=torch.float64))
+        active_Gn = chosen_GnE.sum(-1).clamp(max=ACTIVE - 1)
+        self._add("active_histogram", layers, self._histogram(active_Gn, valid_Gn, ACTIVE))
+
+    def _add_margins(self, layers, z_GnE, chosen_GnE, deviation_Gn, valid_Gn) -> None:
+        least_Gn = z_GnE.masked_fill(~chosen_GnE, torch.inf).amin(-1)
+        other_Gn = z_GnE.masked_fill(chosen_GnE, -torch.inf).amax(-1)
+        margin_Gn = (least_Gn - other_Gn) / deviation_Gn
+        # nothing or everything chosen, or logits that are all equal or no numbers
+        known_Gn = (least_Gn < torch.inf) & (other_Gn > -torch.inf) & ~margin_Gn.isnan()
+        known_Gn = known_Gn if valid_Gn is None else known_Gn & valid_Gn
+        first, step = MARGIN_EDGES[1], 10
+        place_Gn = ((margin_Gn.clamp(min=first / 2) / first).log10() * step).floor() + 1
+        place_Gn = place_Gn.nan_to_num(0).clamp(0, BINS - 1).long()
+        self._add("margin_histogram", layers, self._histogram(place_Gn, known_Gn, BINS))
+
+    def _histogram(self, place_Gn: Tensor, valid_Gn: Tensor | None, bins: int) -> Tensor:
+        weight_Gn = self._ones(place_Gn) if valid_Gn is None else valid_Gn.double()
+        counts = torch.zeros(len(place_Gn), bins, dtype=torch.float64, device=place_Gn.device)
+        return counts.scatter_add_(1, place_Gn, weight_Gn)
+
+    def _add(self, name: str, layers: list[int], value: Tensor) -> None:
+        """Adds [G, ...] to the rows of these layers, and to the first columns."""
+        total = self.sums[name]
+        value = value.to(total.device)
+        if total.dim() == 2 and value.shape[1] != total.shape[1]:
+            total = total[:, : value.shape[1]]
+        if len(layers) == len(self.banks):
+            total += value
+            return
+        key = ("layers", tuple(layers), total.device)
+        if key not in self._cache:
+            self._cache[key] = torch.tensor(layers, device=total.device)
+        total.index_add_(0, self._cache[key], value)
+
+    def _add_structure(self) -> None:
+        """Which experts tokens have together, in a layer and in neighbouring ones; over all tokens."""
+        masks = {layer: self.banks[layer].columns(seen.mask).float() for layer, seen in self._seen.items()}
+        self.allocate_structure(next(iter(masks.values())).device)
+        for layer, mask_TE in masks.items():
+            pairs = self.structure["coactivation"][layer]
+            pairs[: mask_TE.shape[1], : mask_TE.shape[1]] += (mask_TE.T @ mask_TE).to(pairs.device)
+        for layer, following in itertools.pairwise(range(len(self.banks))):
+            here, there = masks.get(layer), masks.get(following)
+            if here is not None and there is not None and len(here) == len(there) and here.device == there.device:
+                pairs = self.structure["flow"][layer]
+                pairs[: here.shape[1], : there.shape[1]] += (here.T @ there).to(pairs.device)
+
+    def _add_losses(self) -> None:
+        """``losses`` [2, n]: for each of ``loss_keys`` the sum, and over how many forwards."""
+        device = self.sums["counts"].device
+        keys = list(self._pending_losses)
+        new = torch.stack([value.reshape(()).to(device, torch.float64) for value in self._pending_losses.values()])
+        new = torch.stack([new, self._ones(new)])
+        self._pending_losses.clear()
+        if self.losses is None:
+            self.loss_keys, self.losses = keys, new
+        elif keys == self.loss_keys:
+            self.losses += new
+        else:
+            both = list(dict.fromkeys([*self.loss_keys, *keys]))
+            total = new.new_zeros(2, len(both))
+            total[:, : len(self.loss_keys)] = self.losses
+            for place, key in enumerate(keys):
+                total[:, both.index(key)] += new[:, place]
+            self.loss_keys, self.losses = both, total
+
+
+def _mask(ids: Tensor, size: int) -> Tensor:
+    """[..., K] ids, -1 = none -> [..., size] bool."""
+    mask = torch.zeros(*ids.shape[:-1], size + 1, dtype=torch.bool, device=ids.device)
+    return mask.scatter_(-1, torch.where(ids < 0, size, ids), True)[..., :size]
