@@ -6,8 +6,7 @@
     loss = objective (flow: mean (v(x_s, s) - (eps - x_0))^2) + sum over MoE blocks of the router's losses
 
 A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``routing/`` (what the
-routers did: ``gatewright dashboard RUN``), ``samples.png``.
-``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
+routers did), ``samples.png``, and ``report.html``, the routing as one page (``gatewright dashboard RUN``). ``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
 rank sees and draws in a step follows from the seed and the step alone, so a run is the same on every layout up to
 rounding.
 
@@ -50,6 +49,8 @@ from gatewright.recipes.models.dit_config import DENSE
 from gatewright.recipes.monitor import RoutingMonitor, RoutingReport
 from gatewright.recipes.picture import save_grid
 from gatewright.routers import router_options
+from gatewright.tools.dashboard.data import read_runs
+from gatewright.tools.dashboard.report import write_report
 from gatewright.tools.dashboard.scalars import RoutingScalars
 from gatewright.tools.runs import Run, read_run
 
@@ -259,7 +260,7 @@ def train(args: argparse.Namespace, run: Path, resumed: bool) -> None:
     monitor.close()
     with ema.applied():
         picture = draw_picture(objective, model, data, args, run)
-    log.close(picture)
+    log.close(picture, draw_report(run) if config.router != DENSE and is_first_rank() else None)
 
 
 def check_options(args: argparse.Namespace, config: DiTConfig, data: Data, ranks: int) -> None:
@@ -373,6 +374,13 @@ def validation_images(data: Data, args: argparse.Namespace) -> tuple[Tensor, Ten
     return data.validation.images(range(count)), data.validation.labels[:count]
 
 
+def draw_report(run: Path) -> Path:
+    """What the routers did, as one page: ``gatewright dashboard RUN``."""
+    path = run / "report.html"
+    write_report(read_runs([run]), path)
+    return path
+
+
 def draw_picture(objective, model, data: Data, args: argparse.Namespace, run: Path) -> Path:
     """One row a class, the first ten classes. Collective: with experts on other ranks, every rank draws."""
     labels = torch.arange(min(10, data.num_classes)).repeat_interleave(args.sample_per_class)
@@ -439,12 +447,14 @@ class RunLog:
         self._scalars("validation", losses, step)
         self._since, self._images = time.perf_counter(), 0
 
-    def close(self, picture: Path) -> None:
+    def close(self, picture: Path, report: Path | None) -> None:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
             print(
-                f"run {self.run}: samples in {picture}, checkpoint in {find_latest(self.run / 'checkpoints')}, log by "
+                f"run {self.run}: samples in {picture}, "
+                + (f"routing in {report}, " if report else "")
+                + f"checkpoint in {find_latest(self.run / 'checkpoints')}, log by "
                 f"`tensorboard --logdir {self.run}`, more samples by "
                 f"`python recipes/sample_dit.py {self.run}`"
             )

@@ -194,6 +194,7 @@ def test_router_of_choice_and_dense(tmp_path):
         )
         assert done.returncode == 0, f"{router}: {done.stderr[-2000:]}"
         assert (tmp_path / router / "samples.png").exists()
+        assert (tmp_path / router / "report.html").exists() == (router != "dense")
 
 
 @pytest.mark.parametrize(

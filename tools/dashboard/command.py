@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...moe.hosts.checkpoint_files import write_bytes
     from .data import page_data, read_runs
     from .report import page_of
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     logs = read_runs([DEMO] if args.demo else args.runs)
     data = page_data(logs, title=args.title or (DEMO_TITLE if args.demo else ""))
     page = page_of(data).encode()
-    out.write_bytes(page)
+    write_bytes(out, page)
     for shown in data["runs"]:
         for sentence in (*shown["notices"], *(alert["sentence"] for alert in shown["alerts"])):
             print(f"{shown['name']}: {sentence}")

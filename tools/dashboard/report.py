@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...moe.hosts.checkpoint_files import write_bytes
 from ...moe.record_log import RoutingLog
 from .data import page_data
 
@@ -62,5 +63,5 @@ def write_report(logs: Sequence[RoutingLog], out: str | Path, *, title: str = ""
         OSError: it cannot be written there.
     """
     text = report(logs, title=title).encode()
-    Path(out).write_bytes(text)
+    write_bytes(Path(out), text)
     return len(text)
