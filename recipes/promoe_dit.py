@@ -6,7 +6,8 @@
     loss = objective (flow: mean (v(x_s, s) - (eps - x_0))^2) + sum over MoE blocks of the router's losses
 
 A run is a folder: ``run.json`` (what rebuilds the model), ``checkpoints/``, ``tensorboard/``, ``routing/`` (what the
-routers did), ``samples.png``, and ``report.html``, the routing as one page (``gatewright dashboard RUN``). ``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
+routers did), ``samples.png``, and ``report.html``, the routing as one page (``gatewright dashboard RUN``).
+``--resume`` goes on from its last whole checkpoint, on any number of ranks, at any ``--ep`` and ``--zero``. What a
 rank sees and draws in a step follows from the seed and the step alone, so a run is the same on every layout up to
 rounding.
 
