@@ -137,6 +137,8 @@ def _run(log: RoutingLog, name: str) -> dict[str, Any]:
     blob, notices = _Blob(), list(log.notices)
     top_k = [choices_a_token(log, layer) for layer in range(len(log.layers))]
     structure = _structure(log, top_k, blob, notices)
+    if log.probes and not _chosen(log):
+        notices.append("the probe holds no choices of tokens (soft slots have none): movement and meaning show nothing")
     layers = [
         {
             "name": layer.name,
@@ -297,9 +299,14 @@ def _overlap(before: np.ndarray, after: np.ndarray) -> float:
     return float((shared[routed] / size[routed]).mean()) if routed.any() else math.nan
 
 
+def _chosen(log: RoutingLog) -> bool:
+    """Whether there are probes that hold choices of tokens: soft slots are none."""
+    return bool(log.probes) and all(index.size for index in log.probes[-1].index)
+
+
 def _movement(log: RoutingLog, blob: _Blob, notices: list[str]) -> dict[str, Any] | None:
     """Of the probe: overlap of every two checkpoints [L, P, P], from which saturation and fluctuation are read."""
-    if not log.probes or not len(log.probes[-1].index[0]):
+    if not _chosen(log):
         return None
     chosen = np.unique(np.linspace(0, len(log.probes) - 1, min(len(log.probes), MOST_PROBES)).round().astype(int))
     if len(chosen) < len(log.probes):
@@ -408,7 +415,7 @@ def cluster(distance: np.ndarray) -> tuple[list[int], list[list[float]]]:
 
 def _meaning(log: RoutingLog, top_k: list[float], blob: _Blob, notices: list[str]) -> dict[str, Any] | None:
     """Which labels go to which experts, at the last probe."""
-    if not log.probes or not log.probe_labels or not len(log.probes[-1].index[0]):
+    if not log.probe_labels or not _chosen(log):
         return None
     probe, sets = log.probes[-1], []
     rng = np.random.default_rng(0)
