@@ -181,8 +181,8 @@ def _with_a_choice(probe: Probe) -> Probe:
 
 
 def _scalars(log: RoutingLog) -> list[dict[str, Any]]:
-    """At most eight, the loss first; the mean of neighbouring points where there are many."""
-    names = sorted(log.scalars, key=lambda name: ("loss" not in name, len(name), name))[:8]
+    """At most two, the loss first; the mean of neighbouring points where there are many."""
+    names = sorted(log.scalars, key=lambda name: ("loss" not in name, len(name), name))[:2]
     shown = []
     for name in names:
         steps, values = log.scalars[name]

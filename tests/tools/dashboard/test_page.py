@@ -225,6 +225,17 @@ def test_sorting(page, made):
     assert len(pictures) == 3
 
 
+def test_a_choice_leaves_the_reader_where_they_were(page):
+    page.size(1280, 400)
+    click(page, "[data-page=load]")
+    page.run("scrollTo(0, 500); document.querySelector('#fig-load canvas').focus({ preventScroll: true })")
+    choose(page, "Layer", "2")
+    assert page.run("return scrollY") == 500
+    assert page.run("return document.activeElement.closest('.fig').id") == "fig-load"
+    click(page, "[data-page=structure]")
+    assert 0 < page.run("return scrollY") < 200
+
+
 def test_export_of_numbers_and_pictures(page, made):
     _, logs = made
     table = rows(exported(page, "csv", "health"))
@@ -299,7 +310,7 @@ def test_what_was_not_recorded_is_told_not_drawn(chromium, tmp_path):
 
 
 def test_odd_logs_draw_nothing_wrong(chromium, tmp_path):
-    """No layers; layers without experts, tokens or choices; labels with one value, none, many, or the shape of a grid."""
+    """No layers; layers without experts, tokens or choices; labels with one value, none, many, or shaped as a grid."""
 
     def layer(place: int, experts: int) -> LayerInfo:
         return LayerInfo(name=f"layer {place}", layer=place, experts=experts)

@@ -566,6 +566,7 @@ class App {
       run.complete ? "" : "still running, or stopped early"].filter(Boolean).join(" · ");
     for (const tab of parts.tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.page === state.page));
     if (!this.printing) { try { history.replaceState(null, "", `#${state.page}`); } catch { /* in a frame that may not */ } }
+    const place = this.place();
     this.listeners = [];
     this.tip();
     parts.main.replaceChildren();
@@ -573,6 +574,21 @@ class App {
     parts.footer.replaceChildren(...footer(this));
     this.showStep();
     this.width = parts.main.clientWidth;
+    place();
+  }
+
+  /** Where the reader is; the function that it returns goes back there once all is drawn anew. */
+  place() {
+    const { main } = this.parts, y = scrollY, active = main.contains(document.activeElement) ? document.activeElement : null;
+    const same = this.drawn === this.state.page;
+    this.drawn = this.state.page;
+    const figure = active?.closest(".fig")?.id;
+    const focus = active?.dataset.choice != null ? `[data-choice="${active.dataset.choice}"]` : figure && active.tagName === "CANVAS" ? `#${figure} canvas` : null;
+    return () => {
+      // a new page begins at its top, below the bar
+      scrollTo(0, same ? y : Math.min(y, this.parts.tabs.closest(".bar").previousElementSibling.offsetHeight));
+      if (same && focus) main.querySelector(focus)?.focus({ preventScroll: true });
+    };
   }
 
   drawPage([name, title, lead]) {
@@ -901,7 +917,7 @@ function drawTiles(app, page) {
 
 function drawScalars(app, grid) {
   const { run, other, theme } = app;
-  for (const [i, scalar] of run.scalars.slice(0, 2).entries()) {
+  for (const [i, scalar] of run.scalars.entries()) {
     const twin = other?.scalars.find((candidate) => candidate.name === scalar.name);
     app.figure(grid, {
       id: `scalar-${i}`, title: scalar.name, wide: run.scalars.length === 1, note: `${scalar.mean_of > 1 ? `Mean of ${scalar.mean_of} neighbouring values.` : "As logged."}${twin ? ` Dashed: ${other.name}.` : ""}`,
