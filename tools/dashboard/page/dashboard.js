@@ -13,7 +13,7 @@ const PAGES = [
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "Liberation Sans", sans-serif';
 const THEMES = {
   light: {
-    bg: "#fbfaf7", ink: "#1c2024", soft: "#5b626b", faint: "#8b919a", rule: "#e4e1d9", grid: "#eeebe3",
+    bg: "#fbfaf7", ink: "#1c2024", soft: "#5b626b", faint: "#6f7680", rule: "#e4e1d9", grid: "#eeebe3",
     a: "#0f6a8b", b: "#c2600f", warm: "#a8480a", warmBg: "#fdf1e4", band: "#e9e5da", none: "#fbfaf7", mark: "#1c2024",
     diverging: ["#1b4f8f", "#6ea3d0", "#f1eee6", "#eba55c", "#a8480a"],
     sequential: ["#f1eee6", "#bfd8cf", "#6aa9a0", "#22706f", "#0c3c47"],
