@@ -70,7 +70,7 @@ class Recorder:
         every: int = 10,
         structure_every: int = 500,
         sample: int = 256,
-        sample_every: int = 4,
+        sample_every: int = 10,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         options = {"every": every, "structure_every": structure_every, "sample": sample, "sample_every": sample_every}

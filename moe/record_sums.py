@@ -57,11 +57,16 @@ class Bank:
 
 @dataclasses.dataclass
 class _Seen:
-    """One layer's decision in one forward: what is counted, and the sampled rows."""
+    """One layer's decision in one forward: what is counted, and the sampled rows. ``eligible``: the scores that tell
+    which tokens can take a routed expert, where not every real one can."""
 
-    tokens: int | Tensor
+    tokens: int
+    length: int
     load: Tensor
     requested: Tensor | None
+    kept: Tensor | None
+    real: Tensor | None
+    eligible: Tensor | None
     sigmoid: bool
     chosen: Tensor | None = None
     logits: Tensor | None = None
@@ -72,9 +77,19 @@ class _Seen:
     @property
     def shapes(self) -> tuple:
         """Layers with equal ones are reduced together."""
-        parts = (self.valid, self.load, self.requested, self.chosen, self.logits, self.scores)
+        parts = (
+            self.load,
+            self.requested,
+            self.kept,
+            self.real,
+            self.eligible,
+            self.valid,
+            self.chosen,
+            self.logits,
+            self.scores,
+        )
         kinds = ((part.shape, part.dtype, part.device) if part is not None else None for part in parts)
-        return (*kinds, self.sigmoid, isinstance(self.tokens, Tensor))
+        return (*kinds, self.tokens, self.sigmoid)
 
 
 class RoutingSums:
@@ -146,8 +161,17 @@ class RoutingSums:
         bank = self.banks[layer]
         reference = next(t for t in (routing.index, routing.expert, routing.dispatch, routing.logits) if t is not None)
         self.allocate(reference.device)
-        tokens, taking_T = self._tokens(routing, bank, real_T)
-        seen = _Seen(tokens=tokens, load=self._load(routing), requested=routing.requested, sigmoid=sigmoid)
+        # little is done here and much in ``reduce``: what runs between other work runs from cold caches
+        seen = _Seen(
+            tokens=routing.num_tokens,
+            length=length,
+            load=self._load(routing),
+            requested=routing.requested,
+            kept=None if routing.requested is None else routing.index,
+            real=real_T,
+            eligible=None if bank.always or routing.scores is None else routing.scores.detach(),
+            sigmoid=sigmoid,
+        )
         if self.look_closely and (routing.logits is not None or routing.scores is not None):
             rows = self._rows(routing.num_tokens, reference.device)
 
@@ -159,7 +183,7 @@ class RoutingSums:
 
             ids = routing.index if routing.selected is None else None
             seen.chosen = sampled(self._chosen(routing, bank.size) if ids is None else ids)
-            seen.valid = sampled(taking_T)
+            seen.valid = sampled(real_T)
             if routing.logits is not None:
                 seen.logits = bank.columns(sampled(routing.logits))
             if routing.scores is not None:
@@ -167,9 +191,8 @@ class RoutingSums:
         if self.with_structure:
             seen.mask = self._chosen(routing, bank.size)
         self._seen[layer] = seen
-        if routing.requested is not None and routing.index is not None:
-            self._add_drops(layer, routing, bank, length)
-        self._pending_losses.update({(layer, name): value.detach() for name, value in routing.losses.items()})
+        for name, value in routing.losses.items():
+            self._pending_losses[layer, name] = value.detach()
 
     def _rows(self, tokens: int, device: torch.device) -> Tensor | None:
         """The sampled tokens: by turns one of several random subsets, so that none follows the sequences' length."""
@@ -184,18 +207,10 @@ class RoutingSums:
                 self._cache["rows", tokens, device, number] = rows.to(device)
         return self._cache["rows", tokens, device, turn]
 
-    def _tokens(self, routing: Routing, bank: Bank, real_T: Tensor | None) -> tuple[int | Tensor, Tensor | None]:
-        """How many tokens can take a routed expert, and which, None = all."""
-        taking_T = real_T
-        if not bank.always and routing.scores is not None:
-            taking_T = bank.columns(routing.scores.detach()).sum(-1) > 0
-            taking_T = taking_T if real_T is None else taking_T & real_T
-        return (routing.num_tokens, None) if taking_T is None else (taking_T.sum(), taking_T)
-
     def _load(self, routing: Routing) -> Tensor:
         """[T, K] or [N] ids to be counted with those of other layers, or already [E] counts."""
-        if routing.selected is None and routing.index is not None:
-            return routing.index
+        if routing.selected is None and routing.dispatch is None:
+            return routing.expert if routing.index is None else routing.index
         return routing.load_E().double()
 
     def _chosen(self, routing: Routing, size: int) -> Tensor:
@@ -209,14 +224,13 @@ class RoutingSums:
         cells = torch.zeros(routing.num_tokens * size, dtype=torch.bool, device=routing.expert.device)
         return cells.index_fill_(0, routing.token * size + routing.expert, True).view(-1, size)
 
-    def _add_drops(self, layer: int, routing: Routing, bank: Bank, length: int) -> None:
+    def _add_drops(self, layer: int, seen: _Seen, bank: Bank) -> None:
         """Dropped and requested assignments by sixteenth of the sequence."""
-        index, requested = routing.index, routing.requested
-        key = ("place", routing.num_tokens, length, index.device)
+        device = seen.load.device
+        key = ("place", seen.tokens, seen.length, device)
         if key not in self._cache:
-            place = torch.arange(routing.num_tokens, device=index.device) % length * POSITIONS // length
-            self._cache[key] = place
-        asked, kept = (bank.holds(ids).sum(1) for ids in (requested, index))
+            self._cache[key] = torch.arange(seen.tokens, device=device) % seen.length * POSITIONS // seen.length
+        asked, kept = (bank.holds(ids).sum(1) for ids in (seen.requested, seen.kept))
         both = torch.stack([asked - kept, asked], dim=1).double()
         self.sums["drops"][layer].index_add_(0, self._cache[key], both.to(self.sums["drops"].device))
 
@@ -240,16 +254,26 @@ class RoutingSums:
         self._add("counts", layers, counts)
         if seen[0].requested is not None:
             self._add("dropped", layers, self._counts([s.requested for s in seen], bank) - counts)
-        tokens = [s.tokens for s in seen]
-        if isinstance(tokens[0], Tensor):
-            self._add("tokens", layers, torch.stack(tokens))
-        elif len(set(tokens)) == 1 and len(layers) == len(self.banks):
-            self.sums["tokens"] += tokens[0]
-        else:
-            for layer, number in zip(layers, tokens, strict=True):
-                self.sums["tokens"][layer] += number
+            if seen[0].kept is not None:
+                for layer, s in zip(layers, seen, strict=True):
+                    self._add_drops(layer, s, bank)
+        self._add_tokens(layers, seen, bank)
         if seen[0].chosen is not None:
             self._sum_sample(layers, seen, bank)
+
+    def _add_tokens(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
+        """How many tokens can take a routed expert."""
+        taking = [s.real for s in seen]
+        if seen[0].eligible is not None:
+            able = [bank.columns(s.eligible).sum(-1) > 0 for s in seen]
+            taking = [a if real is None else a & real for a, real in zip(able, taking, strict=True)]
+        if taking[0] is not None:
+            self._add("tokens", layers, torch.stack(taking).sum(-1))
+        elif len(layers) == len(self.banks):
+            self.sums["tokens"] += seen[0].tokens
+        else:
+            for layer in layers:
+                self.sums["tokens"][layer] += seen[0].tokens
 
     def _counts(self, loads: list[Tensor], bank: Bank) -> Tensor:
         """[G, E] of ids, or of counts as they are."""
@@ -360,7 +384,10 @@ class RoutingSums:
         """``losses`` [2, n]: for each of ``loss_keys`` the sum, and over how many forwards."""
         device = self.sums["counts"].device
         keys = list(self._pending_losses)
-        new = torch.stack([value.reshape(()).to(device, torch.float64) for value in self._pending_losses.values()])
+        values = list(self._pending_losses.values())
+        if len({(value.dtype, value.device, value.shape) for value in values}) > 1:
+            values = [value.reshape(()).to(device, torch.float64) for value in values]
+        new = torch.stack(values).flatten().to(device, torch.float64)
         new = torch.stack([new, self._ones(new)])
         self._pending_losses.clear()
         if self.losses is None:

@@ -440,3 +440,20 @@ def test_what_is_refused_is_refused_on_every_rank(ranks, tmp_path):
     (tmp_path / "file").write_text("")
     said = ranks(2).run(check_refusal, str(tmp_path / "file"))
     assert all("cannot be written" in text and "nothing is recorded" in text for text in said)
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"bias_rate": 0.1, "score": "sigmoid"}], ids=str)
+def test_nothing_routed_is_recorded_as_nothing(options, tmp_path):
+    """No token at all, or padding alone, beside a batch that has some."""
+    model = Model(top_k=2, balance_weight=0.1, **options)
+    with Recorder(model, tmp_path, every=1) as recorder:
+        model(torch.zeros(0, LENGTH, DIM))
+        x = tokens(0)
+        model(x, TokenContext.for_tokens(x, padding_mask=torch.zeros(3, LENGTH, dtype=torch.bool)))
+        recorder.step(0)
+        assert recorder.window.tokens.tolist() == [0, 0] and recorder.window.counts.sum() == 0
+        assert math.isnan(recorder.summary()["routing/entropy"])
+        model(x)
+        recorder.step(1)
+        assert recorder.window.tokens.tolist() == [18, 18]
+    assert read_log(tmp_path).tokens.tolist() == [[0, 0], [18, 18]]

@@ -24,7 +24,7 @@ import numpy as np
 
 from ... import __version__
 from ...moe import metrics
-from ...moe.record_log import RoutingLog, read_log
+from ...moe.record_log import Probe, RoutingLog, read_log
 from .alerts import choices_a_token, find_alerts, recent
 from .definitions import DEFINITIONS
 
@@ -135,6 +135,7 @@ class _Blob:
 
 def _run(log: RoutingLog, name: str) -> dict[str, Any]:
     blob, notices = _Blob(), list(log.notices)
+    log = dataclasses.replace(log, probes=[_with_a_choice(probe) for probe in log.probes])
     top_k = [choices_a_token(log, layer) for layer in range(len(log.layers))]
     structure = _structure(log, top_k, blob, notices)
     if log.probes and not _chosen(log):
@@ -176,9 +177,14 @@ def _run(log: RoutingLog, name: str) -> dict[str, Any]:
     return run | {"blob": blob.text()}
 
 
+def _with_a_choice(probe: Probe) -> Probe:
+    """The probe with a column of "none" for a layer that chose nothing at all."""
+    return Probe(probe.step, [np.pad(ids, ((0, 0), (0, ids.shape[1] == 0)), constant_values=-1) for ids in probe.index])
+
+
 def _scalars(log: RoutingLog) -> list[dict[str, Any]]:
-    """At most eight, the loss first; the mean of neighbouring points where there are many."""
-    names = sorted(log.scalars, key=lambda name: ("loss" not in name, len(name), name))[:8]
+    """At most two, the loss first; the mean of neighbouring points where there are many."""
+    names = sorted(log.scalars, key=lambda name: ("loss" not in name, len(name), name))[:2]
     shown = []
     for name in names:
         steps, values = log.scalars[name]

@@ -225,6 +225,17 @@ def test_sorting(page, made):
     assert len(pictures) == 3
 
 
+def test_a_choice_leaves_the_reader_where_they_were(page):
+    page.size(1280, 400)
+    click(page, "[data-page=load]")
+    page.run("scrollTo(0, 500); document.querySelector('#fig-load canvas').focus({ preventScroll: true })")
+    choose(page, "Layer", "2")
+    assert page.run("return scrollY") == 500
+    assert page.run("return document.activeElement.closest('.fig').id") == "fig-load"
+    click(page, "[data-page=structure]")
+    assert 0 < page.run("return scrollY") < 200
+
+
 def test_export_of_numbers_and_pictures(page, made):
     _, logs = made
     table = rows(exported(page, "csv", "health"))
@@ -296,6 +307,51 @@ def test_what_was_not_recorded_is_told_not_drawn(chromium, tmp_path):
                 assert expected[page_name] in text(chromium, ".missing"), (name, page_name)
             assert "NaN" not in text(chromium, "main") and "undefined" not in text(chromium, "main")
         assert chromium.console() == []
+
+
+def test_odd_logs_draw_nothing_wrong(chromium, tmp_path):
+    """No layers; layers without experts, tokens or choices; labels with one value, none, many, or shaped as a grid."""
+
+    def layer(place: int, experts: int) -> LayerInfo:
+        return LayerInfo(name=f"layer {place}", layer=place, experts=experts)
+
+    many = np.arange(400)
+    labels = {
+        "same": (many * 0, ["x"]),
+        "none": (many * 0 - 1, []),
+        "many": (many, [str(i) for i in many]),
+        "patch": (many, [f"row {i // 20}, column {i % 20}" for i in many]),
+    }
+    none, first = np.zeros((400, 0)), np.zeros((400, 1))
+    cases = {
+        "no layers": ([], [], {}),
+        "no experts": ([layer(0, 0)], [], {}),
+        "no choices": ([layer(0, 4)], [none], labels),
+        "mixed": ([layer(0, 4), layer(1, 0), layer(2, 2)], [first, none, first - 1], labels),
+    }
+    for name, (layers, index, named) in cases.items():
+        writer = LogWriter(tmp_path / name, layers)
+        experts = max((one.experts for one in layers), default=0)
+        writer.window(Window.zeros(0, 0, len(layers), experts))
+        square = (experts, experts)
+        writer.structure(0, np.zeros((len(layers), *square), int), np.zeros((max(0, len(layers) - 1), *square), int))
+        for step in range(2 if index else 0):
+            writer.probe(step, index, named)
+        writer.close()
+        write_report(read_runs([tmp_path / name] * 2), tmp_path / "report.html")
+        chromium.console()
+        chromium.open(tmp_path / "report.html")
+        chromium.wait("return document.querySelector('main .page')")
+        choose(chromium, "Compare with", "run1")
+        for page_name in PAGES:
+            click(chromium, f"[data-page={page_name}]")
+            for place in range(len(layers)):
+                choose(chromium, "Layer", str(place))
+                for button in range(chromium.run("return document.querySelectorAll('[data-choice]').length")):
+                    chromium.run("document.querySelectorAll('[data-choice]')[arguments[0]].click()", button)
+                drawn = chromium.run("return document.querySelector('main').innerHTML")
+                assert not [word for word in ("NaN", "undefined", "Infinity") if word in drawn], (name, page_name)
+        assert chromium.console() == [], name
 
 
 def test_data_of_a_newer_format_are_refused(chromium, made, tmp_path):

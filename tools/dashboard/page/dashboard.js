@@ -13,7 +13,7 @@ const PAGES = [
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", "Liberation Sans", sans-serif';
 const THEMES = {
   light: {
-    bg: "#fbfaf7", ink: "#1c2024", soft: "#5b626b", faint: "#8b919a", rule: "#e4e1d9", grid: "#eeebe3",
+    bg: "#fbfaf7", ink: "#1c2024", soft: "#5b626b", faint: "#6f7680", rule: "#e4e1d9", grid: "#eeebe3",
     a: "#0f6a8b", b: "#c2600f", warm: "#a8480a", warmBg: "#fdf1e4", band: "#e9e5da", none: "#fbfaf7", mark: "#1c2024",
     diverging: ["#1b4f8f", "#6ea3d0", "#f1eee6", "#eba55c", "#a8480a"],
     sequential: ["#f1eee6", "#bfd8cf", "#6aa9a0", "#22706f", "#0c3c47"],
@@ -22,7 +22,7 @@ const THEMES = {
   dark: {
     bg: "#14171a", ink: "#e8e6e1", soft: "#a5abb3", faint: "#7b828b", rule: "#2c3238", grid: "#22272c",
     a: "#62bfe0", b: "#ffa552", warm: "#ffb25e", warmBg: "#2e2417", band: "#272c31", none: "#14171a", mark: "#e8e6e1",
-    diverging: ["#8cc8ff", "#3f76ad", "#24292e", "#a5621f", "#ffb765"],
+    diverging: ["#66a6e3", "#37658f", "#24292e", "#a5621f", "#ffb765"],
     sequential: ["#1d2226", "#24494d", "#38807f", "#74bfae", "#e0f5e4"],
     depth: ["#3b5566", "#4f9fc4", "#c6ecff"],
   },
@@ -73,7 +73,9 @@ function quantile(values, share) {
 }
 const range = (count) => Array.from({ length: count }, (_, i) => i);
 
+/** The colour at t of 0 to 1 along the stops; null where t is not known. */
 function mix(stops, t) {
+  if (Number.isNaN(t)) return null;
   const place = Math.min(0.99999, Math.max(0, t)) * (stops.length - 1);
   const [from, to] = [stops[Math.floor(place)], stops[Math.floor(place) + 1]];
   const channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
@@ -157,6 +159,7 @@ function area(xs, low, high, x, y) {
  */
 export function lineChart(app, { width, height = 210, series, bands = [], lines = [], yLow, yHigh, yText = short, label, xText = "step", points = false }) {
   const theme = app.theme;
+  lines = lines.filter((line) => Number.isFinite(line.y));
   const finite = (values) => values.filter((value) => value != null && Number.isFinite(value));
   const all = finite([...series.flatMap((s) => Array.from(s.y)), ...bands.flatMap((b) => [...b.low, ...b.high]), ...lines.map((l) => l.y)]);
   const steps = [...series.flatMap((s) => Array.from(s.x)), ...bands.flatMap((b) => Array.from(b.x))];
@@ -563,6 +566,7 @@ class App {
       run.complete ? "" : "still running, or stopped early"].filter(Boolean).join(" · ");
     for (const tab of parts.tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.page === state.page));
     if (!this.printing) { try { history.replaceState(null, "", `#${state.page}`); } catch { /* in a frame that may not */ } }
+    const place = this.place();
     this.listeners = [];
     this.tip();
     parts.main.replaceChildren();
@@ -570,6 +574,21 @@ class App {
     parts.footer.replaceChildren(...footer(this));
     this.showStep();
     this.width = parts.main.clientWidth;
+    place();
+  }
+
+  /** Where the reader is; the function that it returns goes back there once all is drawn anew. */
+  place() {
+    const { main } = this.parts, y = scrollY, active = main.contains(document.activeElement) ? document.activeElement : null;
+    const same = this.drawn === this.state.page;
+    this.drawn = this.state.page;
+    const figure = active?.closest(".fig")?.id;
+    const focus = active?.dataset.choice != null ? `[data-choice="${active.dataset.choice}"]` : figure && active.tagName === "CANVAS" ? `#${figure} canvas` : null;
+    return () => {
+      // a new page begins at its top, below the bar
+      scrollTo(0, same ? y : Math.min(y, this.parts.tabs.closest(".bar").previousElementSibling.offsetHeight));
+      if (same && focus) main.querySelector(focus)?.focus({ preventScroll: true });
+    };
   }
 
   drawPage([name, title, lead]) {
@@ -621,6 +640,7 @@ function save(name, blob) {
   link.click();
   link.remove();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  // a page around this one may want to know
   document.dispatchEvent(new CustomEvent("gatewright-saved", { detail: { name, size: blob.size, blob } }));
 }
 
@@ -682,6 +702,7 @@ const DRAW = {
     page.append(grid);
     if (run.scalars.length) drawScalars(app, grid);
     const measures = HEALTH.filter(([name]) => run.curves[name]);
+    if (!measures.length) return app.missing(grid, "Load", ["No layer sent a token to an expert that can be loaded."]);
     app.figure(grid, {
       id: "health", title: "Layer by layer", wide: true, png: true,
       note: `Each column has one scale. The shaded band in MaxVio is what uniformly random routing would give; a cell is tinted where an alert points at it.${other ? ` Dashed: ${other.name}.` : ""}`,
@@ -782,8 +803,8 @@ const DRAW = {
       app.figure(grid, {
         id: "overlap", title: `Overlap of checkpoints in ${app.layerName(layer)}`, explain: "overlap", note: `${probeNote} Share of a token's experts that two checkpoints have in common.`,
         draw: (width) => heatMap(app, { width: Math.min(width, 330), rows: P, columns: P, square: true, label: `Overlap of checkpoints of ${app.layerName(layer)}`,
-          colour: (r, c) => mix(theme.sequential, moved.overlap.at(layer, r, c)), cellText: (r, c) => percent(moved.overlap.at(layer, r, c)).replace(" %", ""), rowText: (r) => short(moved.steps[r]), columnText: (c) => short(moved.steps[c]), columnTitle: "step",
-          legend: { stops: theme.sequential, texts: ["0", "½", "1"], title: "shared (in cells: %)" },
+          colour: (r, c) => mix(theme.sequential, moved.overlap.at(layer, r, c)), cellText: (r, c) => percent(moved.overlap.at(layer, r, c)), rowText: (r) => short(moved.steps[r]), columnText: (c) => short(moved.steps[c]), columnTitle: "step",
+          legend: { stops: theme.sequential, texts: ["0", "½", "1"], title: "shared" },
           tip: (r, c) => [el("b", {}, `steps ${whole(moved.steps[r])} and ${whole(moved.steps[c])}`), tipRow("overlap", percent(moved.overlap.at(layer, r, c))), tipRow("chance", percent(floor(layer)))] }),
         csv: () => [["step", ...moved.steps], ...range(P).map((i) => [moved.steps[i], ...range(P).map((j) => moved.overlap.at(layer, i, j))])],
       });
@@ -896,7 +917,7 @@ function drawTiles(app, page) {
 
 function drawScalars(app, grid) {
   const { run, other, theme } = app;
-  for (const [i, scalar] of run.scalars.slice(0, 2).entries()) {
+  for (const [i, scalar] of run.scalars.entries()) {
     const twin = other?.scalars.find((candidate) => candidate.name === scalar.name);
     app.figure(grid, {
       id: `scalar-${i}`, title: scalar.name, wide: run.scalars.length === 1, note: `${scalar.mean_of > 1 ? `Mean of ${scalar.mean_of} neighbouring values.` : "As logged."}${twin ? ` Dashed: ${other.name}.` : ""}`,
@@ -1268,7 +1289,7 @@ const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}�
 
 function gridTiles(app, set, place, E, chance, width) {
   const { theme } = app, rows = Math.max(...set.grid.map(([r]) => r)) + 1, columns = Math.max(...set.grid.map(([, c]) => c)) + 1;
-  const across = Math.max(3, Math.min(E, Math.floor(width / Math.max(62, columns * 9)))), tile = width / across - 10, cell = tile / columns, tall = cell * rows + 20, height = Math.ceil(E / across) * (tall + 6);
+  const across = Math.max(3, Math.min(E, Math.floor(width / Math.max(E > 20 ? 62 : 88, columns * 9)))), tile = width / across - 10, cell = tile / columns, tall = cell * rows + 20, height = Math.ceil(E / across) * (tall + 6);
   const svg = el("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Share of each ${set.name} that goes to each expert, as small maps`, "font-family": FONT, "font-size": 10.5 });
   for (let e = 0; e < E; e++) {
     const x = (e % across) * (tile + 10), y = Math.floor(e / across) * (tall + 6);
