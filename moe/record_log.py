@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from .files import write_text
 
 FORMAT, VERSION = "gatewright-routing", 1
 FOLDER, HEADER = "routing", "header.json"
@@ -226,7 +227,7 @@ class LogWriter:
                     dataclasses.asdict(layer) | {"top_k": None if math.isnan(layer.top_k) else layer.top_k}
                     for layer in self.layers
                 ]
-                _write_whole(self.folder / HEADER, json.dumps(header, indent=1, default=str))
+                write_text(self.folder / HEADER, json.dumps(header, indent=1, default=str))
         except OSError as error:
             raise _cannot_write(self.folder, error) from None
 
@@ -658,16 +659,6 @@ def _read_probes(
         # copies, because torch warns of arrays that cannot be written
         probes.append(Probe(frame.head["step"], [ids.copy() for ids in arrays.values()]))
     return labels, probes
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """The file is there with all of its text, or not at all."""
-    beside = file.with_name(f".{file.name}.new")
-    with open(beside, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
 
 
 def _cannot_write(folder: Path, error: OSError) -> OSError:

@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gatewright.moe import finish_step, moe_layers
-from gatewright.moe.hosts.checkpoint_files import write_text
+from gatewright.moe.files import write_text
 from gatewright.moe.metrics import collapse_aware_entropy, load_entropy, max_violation, routing_change
 from gatewright.recipes.console import MISTAKES, Parser, describe, fail
 from gatewright.recipes.models.byte_lm import CONTEXT_FIELDS, DENSE, VOCABULARY, ByteLM, ByteLMConfig

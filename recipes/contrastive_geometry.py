@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewright.moe import finish_step, moe_layers
-from gatewright.moe.hosts.checkpoint_files import write_text
+from gatewright.moe.files import write_text
 from gatewright.recipes.data.draw import Draw
 from gatewright.recipes.data.load import load_data
 from gatewright.recipes.data.sampler import batches

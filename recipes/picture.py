@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gatewright.moe.hosts.checkpoint_files import write_bytes
+from gatewright.moe.files import write_bytes
 
 
 def save_grid(pixels: Tensor, path: Path, *, columns: int, side: int = 64, gap: int = 2) -> None:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatewright.moe import finish_step
-from gatewright.moe.hosts.checkpoint_files import write_text
+from gatewright.moe.files import write_text
 from gatewright.moe.record import Recorder
 from gatewright.recipes.console import MISTAKES, Parser, describe, fail
 from gatewright.recipes.data.draw import Draw

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..kernels.activation import activate
 from ..moe import DispatchPlan, ExpertParallel, ExpertSpec, FeedForward, MoELayer
-from ..moe.hosts.checkpoint_files import write_text
+from ..moe.files import write_text
 from ..routers import Routing, TokenContext, create_router
 from .measure import clock, describe_machine, markdown, peak_bytes, spread
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import AttentionWeights
-from ..moe.hosts.checkpoint_files import write_text
+from ..moe.files import write_text
 from ..routers import Router, Routing, TokenContext, create_router, list_routers, router_class
 from .measure import clock, describe_machine, markdown, peak_bytes, spread
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..moe.hosts.checkpoint_files import flush_to_disk, write_text
+from ..moe.files import flush_to_disk, write_text
 from .runs import Run
 from .weights import CONFIG, KINDS, WEIGHTS, Source, description, read_weights
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from ..moe.hosts.checkpoint_files import write_text
+from ..moe.files import write_text
 
 FORMAT = 1
 FILE = "run.json"

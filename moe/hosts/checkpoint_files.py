@@ -30,6 +30,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import flush_to_disk, write_text
+
 FORMAT, VERSION = "gatewright-checkpoint", 1
 MANIFEST, LATEST = "checkpoint.json", "latest"
 SAVING, REMOVING = ".saving-", ".removing-"
@@ -81,31 +83,6 @@ class ShardWriter:
 def checksum(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync of a file, or of a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replaces a file's content as a whole, or leaves it as it was."""
-    write_bytes(file, text.encode("utf-8"))
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Replaces a file's content as a whole, or leaves it as it was."""
-    beside = file.with_name(f".{file.name}.new")
-    with open(beside, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
-    flush_to_disk(file.parent)
 
 
 def begin(root: Path, step: int) -> tuple[str, Path]:

@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(record_log, "_write_whole", refuse)
+    monkeypatch.setattr(record_log, "write_text", refuse)
     with pytest.raises(PermissionError, match="cannot be written.*Permission denied"):
         LogWriter(tmp_path / "run", LAYERS)
 

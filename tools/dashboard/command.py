@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ...moe.hosts.checkpoint_files import write_bytes
+    from ...moe.files import write_bytes
     from .data import page_data, read_runs
     from .report import page_of
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...moe.hosts.checkpoint_files import write_bytes
+from ...moe.files import write_bytes
 from ...moe.record_log import RoutingLog
 from .data import page_data
 
