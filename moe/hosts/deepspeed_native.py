@@ -30,8 +30,18 @@ from .checkpoint_files import MANIFEST
 from .ranks import agree, rank, world
 
 INSTEAD = "use save_checkpoint and load_checkpoint of gatewright.moe.hosts.deepspeed, which fit every layout"
+
+
+def _stage(cls: Any, name: Any) -> ZeroStageEnum:
+    """What stands for ``getattr`` while a file is checked: Python before 3.11.4 pickles an enumeration's member as
+    ``getattr(cls, name)``, and of anything else an attribute may be code."""
+    if cls is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise ValueError(f"getattr({cls!r}, {name!r})")
+    return ZeroStageEnum[name]
+
+
 # what DeepSpeed 0.19.8 stores beside tensors and plain values: numbers in a class, no code
-ALLOWED = [fragment_address, LossScaler, ZeroStageEnum]
+ALLOWED = [fragment_address, LossScaler, ZeroStageEnum, (_stage, "getattr"), (_stage, "builtins.getattr")]
 _MODEL_STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
 PICKLED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 

@@ -290,3 +290,27 @@ def check_universal(folder):
 
 def test_universal_checkpoints_are_refused(ranks, tmp_path):
     assert ranks(2).run(check_universal, tmp_path) == [True, True]
+
+
+class Attribute:
+    """Pickled as ``getattr(of, name)``, as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, of, name):
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_attributes_in_pickles_are_members_of_one_enumeration_only(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    from gatewright.moe.hosts.deepspeed_native import check_pickles
+
+    torch.save({"stage": Attribute(ZeroStageEnum, "gradients"), "x": torch.ones(2)}, tmp_path / "good.pt")
+    check_pickles(tmp_path)
+    for of, name in ((fragment_address, "__init__"), (ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro")):
+        torch.save({"stage": Attribute(of, name)}, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match="bad.pt does not load with weights_only=True"):
+            check_pickles(tmp_path)
