@@ -19,11 +19,19 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Replaces a file's content as a whole, or leaves it as it was."""
+    """Replaces a file's content as a whole, or leaves it as it was.
+
+    Raises:
+        OSError: it cannot be written; the error names the file, and nothing is left beside it.
+    """
     beside = file.with_name(f".{file.name}.new")
-    with open(beside, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, file)
+    try:
+        with open(beside, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
     flush_to_disk(file.parent)

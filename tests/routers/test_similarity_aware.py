@@ -33,7 +33,7 @@ def tokens(count, seed=0, dtype=torch.float64):
 def token_by_token(router, x, context):
     """r~ [T, E], by loops over the definition."""
     options, shape = router.options, (context.batch_size, context.length)
-    tau = router.log_temperature.exp() if options["learn_temperature"] else options["temperature"] or math.sqrt(DIM)
+    tau = router.log_temperature.exp()[0] if options["learn_temperature"] else options["temperature"] or math.sqrt(DIM)
     w_query = torch.eye(DIM, dtype=x.dtype) if router.w_query is None else router.w_query
     w_s = w_query if router.w_key is None else w_query @ router.w_key.T
     real = torch.ones(shape, dtype=torch.bool) if context.padding_mask is None else context.padding_mask

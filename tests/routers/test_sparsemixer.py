@@ -236,7 +236,7 @@ def test_in_the_layer_the_experts_see_the_scaled_weight():
     [
         ({"top_k": 1}, "top_k=1 with 6 experts: SparseMixer chooses 2 of at least 2"),
         ({"num_experts": 1}, "top_k=2 with 1 experts"),
-        ({"jitter": -0.1}, "jitter=-0.1: choose at least 0"),
+        ({"jitter": -0.1}, "jitter=-0.1: choose a finite number of at least 0"),
     ],
     ids=repr,
 )
