@@ -82,7 +82,8 @@ class DiT(nn.Module):
             return FeedForward(ExpertSpec(config.dim, config.hidden, ACTIVATION, bias=True))
         spec = ExpertSpec(config.dim, config.expert_hidden, ACTIVATION, bias=True)
         torch.manual_seed(named_seed(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
-        sizes = {"dim": config.dim, "num_experts": config.num_experts, "top_k": config.top_k}
+        count = config.experts_per_block[config.moe_blocks.index(index)]
+        sizes = {"dim": config.dim, "num_experts": count, "top_k": config.top_k}
         if "top_k" not in router_options(config.router):
             del sizes["top_k"]
         router = create_router(config.router, **sizes, **config.router_options)

@@ -36,6 +36,7 @@ KINDS = {
     bool: bool,
     str: str,
     tuple[int, int, int]: tuple,
+    int | tuple[int, ...]: int | tuple,
     Mapping[str, Any]: Mapping,
 }
 
@@ -57,7 +58,8 @@ class DiTConfig:
         label_dropout: with which probability training hides a label.
         router: a router's name, or "dense".
         router_options: besides dim, num_experts and top_k.
-        num_experts: routed experts of a layer. 0 where dense, as the three below.
+        num_experts: routed experts of a layer, or of each MoE block in order, as pruning may leave them. 0 where dense,
+            as the three below.
         top_k: experts a token (on average, for some routers); not for routers that have no such option.
         expert_hidden: hidden width of an expert, the shared one included.
         shared_expert: whether one more expert runs on every token.
@@ -79,7 +81,7 @@ class DiTConfig:
     label_dropout: float = 0.1
     router: str = DENSE
     router_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    num_experts: int = 0
+    num_experts: int | tuple[int, ...] = 0
     top_k: float = 0
     expert_hidden: int = 0
     shared_expert: bool = False
@@ -121,7 +123,16 @@ class DiTConfig:
         known = [*list_routers(), DENSE]
         if self.router not in known:
             raise ValueError(f'unknown router "{self.router}"{_suggest(self.router, known)}')
-        if self.num_experts < 1 or self.expert_hidden < 1 or not 0 < self.top_k <= self.num_experts:
+        counts = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
+        if not counts or not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+            raise ValueError(f"num_experts={self.num_experts!r}: expected int, or one int for each MoE block")
+        if isinstance(self.num_experts, tuple):
+            if len(counts) != len(self.moe_blocks):
+                blocks = ", ".join(map(str, self.moe_blocks))
+                raise ValueError(f"num_experts={self.num_experts}: give one number, or one for each of blocks {blocks}")
+            if len(set(counts)) == 1:
+                object.__setattr__(self, "num_experts", counts[0])
+        if min(counts) < 1 or self.expert_hidden < 1 or not 0 < self.top_k <= min(counts):
             raise ValueError(
                 f"num_experts={self.num_experts}, top_k={self.top_k}, expert_hidden={self.expert_hidden}: "
                 "all must be positive, and top_k at most num_experts"
@@ -155,12 +166,19 @@ class DiTConfig:
         return () if self.router == DENSE else tuple(range(self.moe_every - 1, self.depth, self.moe_every))
 
     @property
+    def experts_per_block(self) -> tuple[int, ...]:
+        """Routed experts of each of ``moe_blocks``."""
+        same = not isinstance(self.num_experts, tuple)
+        return (self.num_experts,) * len(self.moe_blocks) if same else self.num_experts
+
+    @property
     def predicts_target(self) -> bool:
         """Whether each router predicts the model's target from its tokens (``race`` with ``prediction_dim``)."""
         return self.router_options.get("prediction_dim") is not None
 
     def as_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "input_shape": list(self.input_shape)}
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, tuple)}
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DiTConfig":
@@ -176,8 +194,8 @@ class DiTConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"the DiT configuration lacks {', '.join(missing)}")
-        shape = values["input_shape"]
-        return cls(**{**values, "input_shape": tuple(shape) if isinstance(shape, list) else shape})
+        tuples = {n: tuple(values[n]) for n in ("input_shape", "num_experts") if isinstance(values.get(n), list)}
+        return cls(**{**values, **tuples})
 
 
 _BODY = {

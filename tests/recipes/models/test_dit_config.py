@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gatewright.recipes.models.dit import count_parameters
+from gatewright.recipes.models.dit import DiT, count_parameters
 from gatewright.recipes.models.dit_config import SIZES, DiTConfig, dit_config
 
 ROUTERS = ("promoe", "topk", "expert_choice", "diffmoe", "race", "dense")
@@ -103,6 +103,10 @@ def test_tiny_takes_the_patch_from_the_picture():
         ("tiny", "promoe", {"top_k": 7}, "top_k=7"),
         ("tiny", "promoe", {"label_dropout": 1.5}, "label_dropout=1.5: choose 0 to 1"),
         ("tiny", "promoe", {"router_options": {"gate": (1, 2)}}, "JSON"),
+        ("tiny", "promoe", {"num_experts": (4, 3)}, "num_experts=.4, 3.: give one number, or one for each of blocks"),
+        ("tiny", "promoe", {"num_experts": (4, 0, 2)}, "num_experts"),
+        ("tiny", "promoe", {"num_experts": (4, 1, 2), "top_k": 2}, "top_k at most num_experts"),
+        ("tiny", "promoe", {"num_experts": (4, 2.0, 2)}, "num_experts"),
         ("tiny", "dense", {"num_experts": 4}, "leave out num_experts"),
         ("tiny", "dense", {"router_options": {"gate": "identity"}}, "leave out router_options"),
         ("tiny", "dense", {"input_shape": (28, 28)}, "input_shape"),
@@ -113,6 +117,14 @@ def test_tiny_takes_the_patch_from_the_picture():
 def test_refusals(size, router, overrides, message):
     with pytest.raises(ValueError, match=message):
         dit_config(size, router, **overrides)
+
+
+def test_blocks_may_have_different_numbers_of_experts():
+    config = dit_config("tiny", "promoe", num_experts=(6, 3, 4))
+    assert config.experts_per_block == (6, 3, 4)
+    assert DiTConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    assert [len(DiT(config).blocks[index].mlp.experts.ids) for index in config.moe_blocks] == [6, 3, 4]
+    assert dit_config("tiny", "promoe", num_experts=(3, 3, 3)) == dit_config("tiny", "promoe", num_experts=3)
 
 
 def test_a_whole_top_k_is_an_integer():
