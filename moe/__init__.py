@@ -1,6 +1,7 @@
 """The layer: experts, dispatch, expert parallelism.
 
-The names below are imported when they are first used (PEP 562): a tool that needs only ``moe.files`` imports no torch.
+The names below are imported when they are first used (PEP 562), so that `moe.files`, which the tools without torch
+write with, costs no torch either.
 """
 
 import importlib
@@ -34,13 +35,41 @@ __all__ = [
 ]
 
 _HOME = {
-    "DispatchPlan": ".dispatch",
-    **dict.fromkeys(("ExpertSpec", "FeedForward", "GroupedExperts"), ".experts"),
-    **dict.fromkeys(("MoELayer", "finish_step", "moe_layers"), ".layer"),
-    "ExpertParallel": ".parallel",
-    "Recorder": ".record",
-    **dict.fromkeys(("SegmentFeedForward", "SegmentMoELayer"), ".segment"),
-    **dict.fromkeys(("FeedForwardWeights", "merge_experts", "split_feed_forward", "upcycle"), ".upcycling"),
+    **dict.fromkeys(("DispatchPlan",), ".dispatch"),
+    **dict.fromkeys(
+        (
+            "ExpertSpec",
+            "FeedForward",
+            "GroupedExperts",
+        ),
+        ".experts",
+    ),
+    **dict.fromkeys(
+        (
+            "MoELayer",
+            "finish_step",
+            "moe_layers",
+        ),
+        ".layer",
+    ),
+    **dict.fromkeys(("ExpertParallel",), ".parallel"),
+    **dict.fromkeys(("Recorder",), ".record"),
+    **dict.fromkeys(
+        (
+            "SegmentFeedForward",
+            "SegmentMoELayer",
+        ),
+        ".segment",
+    ),
+    **dict.fromkeys(
+        (
+            "FeedForwardWeights",
+            "merge_experts",
+            "split_feed_forward",
+            "upcycle",
+        ),
+        ".upcycling",
+    ),
 }
 
 
