@@ -40,7 +40,7 @@ EXTRAS = {
         "tensorboard",
         "tqdm",
     ],
-    "dev": ["build", "hypothesis", "packaging", "pytest", "ruff", "scipy", "setuptools", "wheel"],
+    "dev": ["accelerate", "build", "hypothesis", "packaging", "pytest", "ruff", "scipy", "setuptools", "wheel"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 

@@ -164,7 +164,7 @@ class Recorder:
             # gone back: what was recorded from there on is void
             self.flush()
             self._write("start", step)
-        self._sums.reduce()
+        self._sums.end_forward()
         self._first = step if self._first is None else self._first
         self._last = step
         self._steps += 1
@@ -191,7 +191,6 @@ class Recorder:
         """Ends the window where it is, waits for it and writes it; returns the last one, None before the first.
         Collective. Before a checkpoint is saved, so that going on from there loses no step."""
         if self._first is not None:
-            self._sums.reduce()
             self._send()
         self._receive(wait=True)
         return self.window
@@ -328,6 +327,7 @@ class Recorder:
         """Sums the window over ranks and starts its way to the host."""
         sums = self._sums
         sums.allocate(self._device())
+        sums.reduce()
         parts = list(sums.sums.values())
         keys = self._agreed_losses()
         if keys:

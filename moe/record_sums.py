@@ -1,8 +1,9 @@
 """What a recorder adds up: the decisions of L layers, reduced on their device into tensors of fixed shape.
 
 Nothing here waits for the device. Counts are of every token; what looks into logits and scores is of a sample of
-tokens, drawn by place and not by content. Layers of equal shape are reduced together, at the end of a forward, so that
-the number of kernels does not grow with their number.
+tokens, drawn by place and not by content. Decisions are kept as they are until a window ends or ``HELD_BYTES`` of them
+have come, and those of equal shape are reduced together: a small operation between large ones runs from cold caches
+and costs many times its work, so the fewer the better.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .record_log import ACTIVE, MARGIN_EDGES, POSITIONS
 
 BINS = len(MARGIN_EDGES) - 1
 SUBSETS = 8
+HELD_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,8 @@ class _Seen:
     mask: Tensor | None = None
 
     @property
-    def shapes(self) -> tuple:
-        """Layers with equal ones are reduced together."""
-        parts = (
+    def parts(self) -> tuple[Tensor | None, ...]:
+        return (
             self.load,
             self.requested,
             self.kept,
@@ -88,8 +89,16 @@ class _Seen:
             self.logits,
             self.scores,
         )
-        kinds = ((part.shape, part.dtype, part.device) if part is not None else None for part in parts)
-        return (*kinds, self.tokens, self.sigmoid)
+
+    @property
+    def shapes(self) -> tuple:
+        """Decisions with equal ones are reduced together."""
+        kinds = ((part.shape, part.dtype, part.device) if part is not None else None for part in self.parts)
+        return (*kinds, self.tokens, self.length, self.sigmoid)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if part is not None)
 
 
 class RoutingSums:
@@ -113,7 +122,9 @@ class RoutingSums:
         self.look_closely = True
         self.with_structure = False
         self._seen: dict[int, _Seen] = {}
-        self._pending_losses: dict[tuple[int, str], Tensor] = {}
+        self._held: list[tuple[int, _Seen]] = []
+        self._held_bytes = 0
+        self._pending_losses: list[tuple[tuple[int, str], Tensor]] = []
         self._cache: dict[tuple, Tensor] = {}
         self._turn = 0
 
@@ -146,7 +157,6 @@ class RoutingSums:
             value.zero_()
         self.loss_keys, self.losses = [], None
 
-    @torch.no_grad()
     def add(self, layer: int, routing: Routing, real_T: Tensor | None, length: int, *, sigmoid: bool = False) -> None:
         """Takes a layer's decision in a training forward.
 
@@ -157,15 +167,15 @@ class RoutingSums:
         """
         if layer in self._seen:
             # another forward: a micro-batch, or a layer that runs twice
-            self.reduce()
+            self.end_forward()
         bank = self.banks[layer]
-        reference = next(t for t in (routing.index, routing.expert, routing.dispatch, routing.logits) if t is not None)
-        self.allocate(reference.device)
-        # little is done here and much in ``reduce``: what runs between other work runs from cold caches
-        seen = _Seen(
+        load = self._load(routing)
+        if not self.sums:
+            self.allocate(load.device)
+        seen = self._seen[layer] = _Seen(
             tokens=routing.num_tokens,
             length=length,
-            load=self._load(routing),
+            load=load,
             requested=routing.requested,
             kept=None if routing.requested is None else routing.index,
             real=real_T,
@@ -173,26 +183,30 @@ class RoutingSums:
             sigmoid=sigmoid,
         )
         if self.look_closely and (routing.logits is not None or routing.scores is not None):
-            rows = self._rows(routing.num_tokens, reference.device)
-
-            def sampled(values: Tensor | None) -> Tensor | None:
-                if values is None:
-                    return None
-                values = values.detach() if rows is None else values.detach().index_select(0, rows)
-                return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-            ids = routing.index if routing.selected is None else None
-            seen.chosen = sampled(self._chosen(routing, bank.size) if ids is None else ids)
-            seen.valid = sampled(real_T)
-            if routing.logits is not None:
-                seen.logits = bank.columns(sampled(routing.logits))
-            if routing.scores is not None:
-                seen.scores = bank.columns(sampled(routing.scores))
+            self._look(seen, routing, bank)
         if self.with_structure:
             seen.mask = self._chosen(routing, bank.size)
-        self._seen[layer] = seen
         for name, value in routing.losses.items():
-            self._pending_losses[layer, name] = value.detach()
+            self._pending_losses.append(((layer, name), value.detach()))
+
+    @torch.no_grad()
+    def _look(self, seen: _Seen, routing: Routing, bank: Bank) -> None:
+        """Takes the sampled tokens' rows."""
+        rows = self._rows(routing.num_tokens, seen.load.device)
+
+        def sampled(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            values = values.detach() if rows is None else values.detach().index_select(0, rows)
+            return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+        ids = routing.index if routing.selected is None else None
+        seen.chosen = sampled(self._chosen(routing, bank.size) if ids is None else ids)
+        seen.valid = sampled(seen.real)
+        if routing.logits is not None:
+            seen.logits = bank.columns(sampled(routing.logits))
+        if routing.scores is not None:
+            seen.scores = bank.columns(sampled(routing.scores))
 
     def _rows(self, tokens: int, device: torch.device) -> Tensor | None:
         """The sampled tokens: by turns one of several random subsets, so that none follows the sequences' length."""
@@ -224,56 +238,66 @@ class RoutingSums:
         cells = torch.zeros(routing.num_tokens * size, dtype=torch.bool, device=routing.expert.device)
         return cells.index_fill_(0, routing.token * size + routing.expert, True).view(-1, size)
 
-    def _add_drops(self, layer: int, seen: _Seen, bank: Bank) -> None:
+    def _add_drops(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
         """Dropped and requested assignments by sixteenth of the sequence."""
-        device = seen.load.device
-        key = ("place", seen.tokens, seen.length, device)
+        tokens, length, device = seen[0].tokens, seen[0].length, seen[0].load.device
+        key = ("place", tokens, length, device)
         if key not in self._cache:
-            self._cache[key] = torch.arange(seen.tokens, device=device) % seen.length * POSITIONS // seen.length
-        asked, kept = (bank.holds(ids).sum(1) for ids in (seen.requested, seen.kept))
-        both = torch.stack([asked - kept, asked], dim=1).double()
-        self.sums["drops"][layer].index_add_(0, self._cache[key], both.to(self.sums["drops"].device))
+            self._cache[key] = torch.arange(tokens, device=device) % length * POSITIONS // length
+        asked_GT, kept_GT = (
+            bank.holds(torch.stack(ids)).sum(-1) for ids in ([s.requested for s in seen], [s.kept for s in seen])
+        )
+        both_GT2 = torch.stack([asked_GT - kept_GT, asked_GT], -1).double()
+        drops_GP2 = both_GT2.new_zeros(len(seen), POSITIONS, 2).index_add_(1, self._cache[key], both_GT2)
+        self._add("drops", layers, drops_GP2)
+
+    @torch.no_grad()
+    def end_forward(self) -> None:
+        """No decision of another forward belongs to those that came."""
+        if self.with_structure and self._seen:
+            self._add_structure()
+        self._held += self._seen.items()
+        self._held_bytes += sum(seen.nbytes for seen in self._seen.values())
+        self._seen.clear()
+        if self._held_bytes > HELD_BYTES:
+            self.reduce()
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Adds up what the last forward left."""
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for layer, seen in sorted(self._seen.items()):
-            groups[seen.shapes, self.banks[layer]].append(layer)
-        for layers in groups.values():
-            self._reduce_group(layers)
-        if self.with_structure and self._seen:
-            self._add_structure()
-        self._seen.clear()
+        """Adds up what has come."""
+        if self._seen:
+            self.end_forward()
+        groups: dict[tuple, list[tuple[int, _Seen]]] = defaultdict(list)
+        for layer, seen in self._held:
+            groups[seen.shapes, self.banks[layer]].append((layer, seen))
+        self._held, self._held_bytes = [], 0
+        for group in groups.values():
+            self._reduce_group([layer for layer, _ in group], [seen for _, seen in group])
         if self._pending_losses:
             self._add_losses()
 
-    def _reduce_group(self, layers: list[int]) -> None:
-        seen, bank = [self._seen[layer] for layer in layers], self.banks[layers[0]]
+    def _reduce_group(self, layers: list[int], seen: list[_Seen]) -> None:
+        bank = self.banks[layers[0]]
         counts = self._counts([s.load for s in seen], bank)
         self._add("counts", layers, counts)
         if seen[0].requested is not None:
             self._add("dropped", layers, self._counts([s.requested for s in seen], bank) - counts)
             if seen[0].kept is not None:
-                for layer, s in zip(layers, seen, strict=True):
-                    self._add_drops(layer, s, bank)
+                self._add_drops(layers, seen, bank)
         self._add_tokens(layers, seen, bank)
         if seen[0].chosen is not None:
             self._sum_sample(layers, seen, bank)
 
     def _add_tokens(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
         """How many tokens can take a routed expert."""
-        taking = [s.real for s in seen]
+        taking_GT = None if seen[0].real is None else torch.stack([s.real for s in seen])
         if seen[0].eligible is not None:
-            able = [bank.columns(s.eligible).sum(-1) > 0 for s in seen]
-            taking = [a if real is None else a & real for a, real in zip(able, taking, strict=True)]
-        if taking[0] is not None:
-            self._add("tokens", layers, torch.stack(taking).sum(-1))
-        elif len(layers) == len(self.banks):
-            self.sums["tokens"] += seen[0].tokens
+            able_GT = torch.stack([bank.columns(s.eligible).sum(-1) for s in seen]) > 0
+            taking_GT = able_GT if taking_GT is None else able_GT & taking_GT
+        if taking_GT is not None:
+            self._add("tokens", layers, taking_GT.sum(-1))
         else:
-            for layer in layers:
-                self.sums["tokens"][layer] += seen[0].tokens
+            self._add("tokens", layers, self._ones(self._rows_of(layers)) * seen[0].tokens)
 
     def _counts(self, loads: list[Tensor], bank: Bank) -> Tensor:
         """[G, E] of ids, or of counts as they are."""
@@ -356,16 +380,17 @@ class RoutingSums:
     def _add(self, name: str, layers: list[int], value: Tensor) -> None:
         """Adds [G, ...] to the rows of these layers, and to the first columns."""
         total = self.sums[name]
-        value = value.to(total.device)
+        value = value.to(total.device, total.dtype)
         if total.dim() == 2 and value.shape[1] != total.shape[1]:
             total = total[:, : value.shape[1]]
-        if len(layers) == len(self.banks):
-            total += value
-            return
-        key = ("layers", tuple(layers), total.device)
+        total.index_add_(0, self._rows_of(layers), value)
+
+    def _rows_of(self, layers: list[int]) -> Tensor:
+        device = self.sums["counts"].device
+        key = ("layers", tuple(layers), device)
         if key not in self._cache:
-            self._cache[key] = torch.tensor(layers, device=total.device)
-        total.index_add_(0, self._cache[key], value)
+            self._cache[key] = torch.tensor(layers, device=device)
+        return self._cache[key]
 
     def _add_structure(self) -> None:
         """Which experts tokens have together, in a layer and in neighbouring ones; over all tokens."""
@@ -383,24 +408,18 @@ class RoutingSums:
     def _add_losses(self) -> None:
         """``losses`` [2, n]: for each of ``loss_keys`` the sum, and over how many forwards."""
         device = self.sums["counts"].device
-        keys = list(self._pending_losses)
-        values = list(self._pending_losses.values())
+        values = [value for _, value in self._pending_losses]
         if len({(value.dtype, value.device, value.shape) for value in values}) > 1:
             values = [value.reshape(()).to(device, torch.float64) for value in values]
         new = torch.stack(values).flatten().to(device, torch.float64)
-        new = torch.stack([new, self._ones(new)])
-        self._pending_losses.clear()
-        if self.losses is None:
-            self.loss_keys, self.losses = keys, new
-        elif keys == self.loss_keys:
-            self.losses += new
-        else:
-            both = list(dict.fromkeys([*self.loss_keys, *keys]))
-            total = new.new_zeros(2, len(both))
+        keys = list(dict.fromkeys([*self.loss_keys, *(key for key, _ in self._pending_losses)]))
+        places = {key: place for place, key in enumerate(keys)}
+        total = new.new_zeros(2, len(keys))
+        if self.losses is not None:
             total[:, : len(self.loss_keys)] = self.losses
-            for place, key in enumerate(keys):
-                total[:, both.index(key)] += new[:, place]
-            self.loss_keys, self.losses = both, total
+        rows = self._rows_of([places[key] for key, _ in self._pending_losses])
+        self.loss_keys, self.losses = keys, total.index_add_(1, rows, torch.stack([new, self._ones(new)]))
+        self._pending_losses = []
 
 
 def _mask(ids: Tensor, size: int) -> Tensor:

@@ -222,7 +222,10 @@ def _measures(log: RoutingLog, layer: int, experts: int, top_k: float) -> dict[s
     made = {
         "max_violation": metrics.max_violation(requested),
         "dead": metrics.dead_fraction(requested),
-        "drop_rate": metrics.drop_rate(log.counts[:, layer, :experts], requested),
+        # what was read from elsewhere tells what was computed, not what was asked for
+        "drop_rate": np.full(len(log.tokens), np.nan)
+        if log.options.get("imported")
+        else metrics.drop_rate(log.counts[:, layer, :experts], requested),
         "balance": metrics.score_balance(requested, np.where(scored[:, None] > 0, scores, np.nan)),
         "information": metrics.routing_information(scores, entropy_sum, scored),
         "token_entropy": metrics.token_entropy(entropy_sum, scored, experts),

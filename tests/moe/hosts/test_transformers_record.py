@@ -245,3 +245,26 @@ def test_a_router_that_tells_too_little_is_named(tmp_path):
     model = Strange().train()
     with TransformersRecorder(model, tmp_path), pytest.raises(ValueError, match="Linear does not return logits"):
         model(torch.zeros(2, 4))
+
+
+def test_a_real_trainer_stopped_and_resumed(tmp_path):
+    """Gradient accumulation, saving and resuming as ``Trainer`` itself does them."""
+
+    def train(steps: int, resume: bool) -> RoutingCallback:
+        callback = RoutingCallback(every=1)
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            save_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        data = [{name: row[0] for name, row in inputs(i, 1, 0).items()} for i in range(16)]
+        trainer = transformers.Trainer(model=make("Olmoe"), args=args, train_dataset=data, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+        return callback
+
+    assert train(3, resume=False).recorder.summary()["routing/tokens"] == 2 * 2 * 2 * 10
+    (tmp_path / "checkpoint-3").rename(tmp_path / "elsewhere")  # as a kill after step 3, saved after 2
+    train(4, resume=True)
+    log = read_log(tmp_path)
+    assert log.complete and log.steps.tolist() == [0, 1, 2, 3] and log.session_starts == [0, 2]
+    assert (log.tokens == 2 * 2 * 10).all()
+    assert log.scalars["loss"][0].tolist() == [0, 1, 2, 3]
