@@ -34,7 +34,7 @@ from ..record import Recorder
 from ..record_log import LayerInfo
 from ..record_sums import Bank
 
-_NAMES = ("gate", "router")
+ROUTER_NAMES = ("gate", "router")
 
 
 class TransformersRecorder(Recorder):
@@ -50,9 +50,9 @@ class TransformersRecorder(Recorder):
         modules, layers, banks = [], [], []
         config = getattr(self.model, "config", None)
         for name, parent in self.model.named_modules():
-            for child in _NAMES:
+            for child in ROUTER_NAMES:
                 router = getattr(parent, child, None)
-                top_k = _top_k(router, parent) if isinstance(router, nn.Module) else None
+                top_k = experts_per_token(router, parent) if isinstance(router, nn.Module) else None
                 size = _bank_size(router) if top_k is not None else None
                 if size is None:
                     continue
@@ -156,7 +156,7 @@ class RoutingCallback(TrainerCallback):
             self.recorder.close()
 
 
-def _top_k(router: nn.Module, parent: nn.Module) -> int | None:
+def experts_per_token(router: nn.Module, parent: nn.Module) -> int | None:
     """Experts a token, where the router or its layer knows: what tells a router from other gates."""
     config = getattr(router, "config", None)
     for owner, name in ((router, "top_k"), (parent, "top_k"), (config, "top_k_experts")):
