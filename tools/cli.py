@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "gatewright.tools.dashboard.importers",
         "make a routing log of counts, of Megatron-LM's routing trace or of router logits",
     ),
+    "prune": ("gatewright.tools.prune.command", "prune a trained MoE checkpoint to a domain, step by step"),
     "routers": ("gatewright.tools.routers", "list the routers, or show one with its options"),
 }
 

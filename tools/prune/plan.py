@@ -33,6 +33,7 @@ from ... import __version__
 from ...moe.files import write_text
 from . import selection
 from .criteria import CRITERIA, criterion_of, score
+from .families import FAMILIES
 from .statistics import DomainStatistics, Statistics, check_format, checked_model, is_own
 
 FORMAT = 1
@@ -119,10 +120,9 @@ class Plan:
     def _check_counts(self) -> None:
         if len(set(self.counts.values())) > 1 and not is_own(self.model):
             raise ValueError(
-                f"layers keep {min(self.counts.values())} to {max(self.counts.values())} experts, and a "
-                f"{self.model['model_type']} configuration has one count for all layers: engines would refuse the files, "
-                "or fill the layers that do not fit at random. Use a uniform budget; layers may differ in runs of this "
-                "library"
+                f"layers keep {min(self.counts.values())} to {max(self.counts.values())} experts, but "
+                f"{self.model['model_type']} has one count for all layers: engines would refuse the files, or fill the "
+                "layers that do not fit at random. Use a uniform budget; layers may differ in runs of this library"
             )
 
     def _check_groups(self) -> None:
@@ -140,8 +140,8 @@ class Plan:
             return
         count = len(next(iter(self.keep.values())))
         each = count // groups
-        # the score of a group is its best expert in DeepSeek-V2, the sum of its two best elsewhere
-        needed = 1 if self.model["model_type"] == "deepseek_v2" else 2
+        family = FAMILIES.get(self.model["model_type"])
+        needed = 2 if family is None else family.group_score  # two serve every rule that is known
         if count % groups or each < needed or self.top_k > chosen * each:
             fits = max(needed, math.ceil(self.top_k / chosen)) * groups
             up = max(fits, math.ceil(count / groups) * groups)
@@ -653,8 +653,8 @@ def _notes(
         )
     if plan.policy == "slice" and plan.model["num_groups"] > 1:
         notes.append(
-            f"the router chose {plan.model['topk_group']} of {plan.model['num_groups']} groups first, and no longer does: "
-            "it chooses as the masked model does without groups, not as the model does with them"
+            f"the router chose {plan.model['topk_group']} of {plan.model['num_groups']} groups first and no longer "
+            "does: it chooses as the masked model does without groups, not as the model does with them"
         )
     if plan.policy == "slice-regroup":
         notes.append(
