@@ -45,6 +45,8 @@ class Family:
         group_score: how many experts of a group its score adds up: a group must keep that many.
         fused: names below the MoE block, besides `experts.*`, of tensors that hold all experts along axis 0.
         copied: names below the MoE block of modules that belong to neither router nor experts.
+        extra_rows: rows behind a router's experts that are none (a shared expert's, a skipped token's) and always
+            stay: a number, or the key of config.json that says it.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class Family:
     group_score: int = 1
     fused: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
+    extra_rows: int | str = 0
 
 
 def _entries() -> Iterator[Family]:
@@ -79,8 +82,12 @@ def _entries() -> Iterator[Family]:
     # Fused experts that are no module `experts`.
     for name in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"):
         yield Family(model_type=name, top_k=8, fused=("input_linear.weight", "output_linear.weight"))
-    # Projections around the experts, whose width may equal their number.
+    # Modules in or around the experts that belong to none of them, whose width may equal their number.
+    yield Family(model_type="muse_spark_text", group_score=2, copied=("experts.post_expert_norm",))
     yield Family(model_type="nemotron_h", group_score=2, copied=("fc1_latent_proj", "fc2_latent_proj"))
+    # Routers that score more than experts: a sink of the shared experts; an expert that does nothing.
+    yield Family(model_type="inkling_text", group_score=2, extra_rows="n_shared_experts")
+    yield Family(model_type="zaya", top_k=1, extra_rows=1)
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _entries()}

@@ -9,9 +9,10 @@ the block itself, that has an axis as long as there are experts: biases and corr
 that a new one is not forgotten. What could be a router tensor and might as well be something else is refused by name.
 """
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .checkpoint import Checkpoint, TensorEntry
@@ -32,7 +33,8 @@ class MoeLayer:
         prefix: the MoE block's name.
         expert_tensors: for each expert the names of its own tensors; () where they are all fused.
         fused_tensors: names of tensors that hold all experts along axis 0.
-        router_tensors: name and expert axis of every tensor to slice besides.
+        router_tensors: name and expert axis of every tensor to slice besides; what stands behind the experts on that
+            axis stays (`Family.extra_rows`).
         mtp: belongs to a multi-token-prediction head.
     """
 
@@ -78,7 +80,8 @@ class Layout:
         text = text_config(checkpoint.config)
         num_experts = number(text, family.count_keys)
         num_layers = number(text, LAYER_KEYS)
-        found = _find(checkpoint, family, num_experts, num_layers, text.get("hidden_size"))
+        extra = text.get(family.extra_rows, 0) if isinstance(family.extra_rows, str) else family.extra_rows
+        found = _Search(checkpoint, family, num_experts, num_experts + extra, text.get("hidden_size"), num_layers).run()
         groups = number(text, family.group_keys, family.num_groups) or 1
         layout = cls(
             family=family,
@@ -92,173 +95,215 @@ class Layout:
         )
         if not layout.layers:
             raise ValueError(
-                f'{checkpoint.folder}: "{family.model_type}" says {num_experts} experts, but no tensor is named like '
-                "an expert's: <block>.experts.<number>.<weight>, or <block>.experts.<weight> with the experts along axis 0"
+                f'{checkpoint.folder}: "{family.model_type}" has {num_experts} experts by config.json, but no tensor is '
+                "named like an expert's: <block>.experts.<number>.<weight>, or <block>.experts.<weight> of them all"
             )
         return layout
 
+    def describe(self, checkpoint: Checkpoint) -> dict:
+        """What statistics and plans say of the model (`Statistics.model`)."""
+        return {
+            "model_type": self.family.model_type,
+            "name": checkpoint.folder.resolve().name,
+            "config_sha256": checkpoint.config_sha256,
+            "header_hash": checkpoint.header_hash,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "num_groups": self.num_groups,
+            "topk_group": self.topk_group,
+            "layers": [layer.index for layer in self.layers],
+            "experts_per_layer": [self.num_experts] * len(self.layers),
+            "mtp_layers": [layer.index for layer in self.mtp_layers],
+        }
 
-def _find(
-    checkpoint: Checkpoint, family: Family, num_experts: int, num_layers: int | None, hidden: int | None
-) -> list[MoeLayer]:
-    single: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    fused: dict[str, list[str]] = defaultdict(list)
-    bare: dict[str, list[str]] = defaultdict(list)  # one number an expert, stored beside the experts: a router's bias
-    for name, entry in checkpoint.tensors.items():
-        if match := EXPERT.fullmatch(name):
-            single[match["block"]][int(match["expert"])].append(name)
-        elif match := FUSED.fullmatch(name):
-            kind = bare if _is_vector(entry, num_experts) else fused
-            kind[match["block"]].append(name)
-        else:
-            for rest in family.fused:
-                if name.endswith("." + rest) and len(entry.shape) == 3:
-                    fused[name.removesuffix("." + rest)].append(name)
-    blocks = {block: None for block in [*single, *fused]}
-    for block in blocks:
-        _check_fused(checkpoint, fused[block], num_experts)
-        if single[block]:
-            _check_single(checkpoint, family, block, single[block], num_experts)
-    below = _below(checkpoint, blocks)
-    layers = []
-    for block in blocks:
-        index, mtp = _place(checkpoint, family, block, num_layers)
-        router = _router(checkpoint, family, block, below[block], num_experts, hidden)
-        router += [(name, _axis(checkpoint.tensors[name], num_experts)) for name in bare[block]]
-        if not router:
-            raise ValueError(
-                f'{checkpoint.folder}: "{family.model_type}" has experts at {block}, but no router tensor with an axis '
-                f"of {num_experts} beside them"
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for MoE layers in one checkpoint's names and shapes.
+
+    `rows` is the length of a router's expert axis: the experts, and whatever else the router scores.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    num_experts: int
+    rows: int
+    hidden: int | None
+    num_layers: int | None
+
+    def run(self) -> list[MoeLayer]:
+        single: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+        fused: dict[str, list[str]] = defaultdict(list)
+        bare: dict[str, list[str]] = defaultdict(list)  # one number an expert beside the experts: a router's bias
+        for name, entry in self.checkpoint.tensors.items():
+            if match := EXPERT.fullmatch(name):
+                single[match["block"]][int(match["expert"])].append(name)
+            elif match := FUSED.fullmatch(name):
+                kind = bare if _is_vector(entry, self.rows) else fused
+                kind[match["block"]].append(name)
+            else:
+                for rest in self.family.fused:
+                    if name.endswith("." + rest) and len(entry.shape) == 3:
+                        fused[name.removesuffix("." + rest)].append(name)
+        blocks = dict.fromkeys([*single, *fused])
+        for block in blocks:
+            self._check_fused(fused[block])
+            if single[block]:
+                self._check_single(block, single[block])
+        below = self._below(blocks)
+        layers = []
+        for block in blocks:
+            index, mtp = self._place(block)
+            router = [(name, self._axis(name)) for name in (*self._router(block, below[block]), *bare[block])]
+            if not any(len(self.checkpoint.tensors[name].shape) > 1 for name, _ in router):
+                raise self._refusal(
+                    f"has experts at {block}, but no router weight with an axis of {self.rows} beside them"
+                )
+            per_expert = tuple(tuple(single[block][expert]) for expert in sorted(single[block]))
+            whole = tuple(name for name in fused[block] if not _is_scalar(self.checkpoint.tensors[name]))
+            layers.append(MoeLayer(index, block, per_expert, whole, tuple(router), mtp))
+        layers.sort(key=lambda layer: (layer.mtp, layer.index))
+        self._check_layers(layers)
+        return layers
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(f'{self.checkpoint.folder}: "{self.family.model_type}" {reason}')
+
+    def _axis(self, name: str) -> int:
+        return self.checkpoint.tensors[name].shape.index(self.rows)
+
+    def _check_fused(self, names: Iterable[str]) -> None:
+        for name in names:
+            shape = self.checkpoint.tensors[name].shape
+            # a single number is a scale that all experts share
+            if not _is_scalar(self.checkpoint.tensors[name]) and shape[0] != self.num_experts:
+                raise self._refusal(
+                    f"has {self.num_experts} experts by config.json, but axis 0 of {name} has {shape[0]} "
+                    f"(shape {list(shape)})"
+                )
+
+    def _check_single(self, block: str, experts: dict[int, list[str]]) -> None:
+        missing = sorted(set(range(self.num_experts)) - set(experts))
+        beyond = sorted(set(experts) - set(range(self.num_experts)))
+        if beyond:
+            raise self._refusal(
+                f"has {self.num_experts} experts by config.json, but {block} holds an expert {beyond[-1]}"
             )
-        per_expert = tuple(tuple(single[block][expert]) for expert in sorted(single[block]))
-        whole = tuple(name for name in fused[block] if not _is_scalar(checkpoint.tensors[name]))
-        layers.append(MoeLayer(index, block, per_expert, whole, tuple(router), mtp))
-    layers.sort(key=lambda layer: (layer.mtp, layer.index))
-    _check_layers(checkpoint, family, layers)
-    return layers
+        if missing:
+            raise self._refusal(
+                f"has no tensors at {block} for expert {missing[0]} ({len(missing)} of {self.num_experts} are missing): "
+                "they are tied to others, or the checkpoint is incomplete; save it with a copy for each expert"
+            )
+        modules = {expert: _modules(names) for expert, names in experts.items()}
+        for expert, own in modules.items():
+            if own != modules[0]:
+                raise self._refusal(
+                    f"has {', '.join(sorted(modules[0] ^ own))} at {block} for only one of experts 0 and {expert}: tied "
+                    "experts, or an incomplete checkpoint; save it with a copy for each expert"
+                )
+
+    def _below(self, blocks: Iterable[str]) -> dict[str, list[str]]:
+        """For each block the names below it that are no expert's."""
+        below: dict[str, list[str]] = {block: [] for block in blocks}
+        for name in self.checkpoint.tensors:
+            if ".experts." in name:
+                continue
+            end = name.rfind(".")
+            while end > 0:
+                if name[:end] in below:
+                    below[name[:end]].append(name)
+                end = name.rfind(".", 0, end)
+        return below
+
+    def _router(self, block: str, names: list[str]) -> Iterator[str]:
+        whole_layer = bool(
+            re.search(r"\.\d+$", block)
+        )  # the experts stand in the decoder layer itself, beside its norms
+        for name in names:
+            shape = self.checkpoint.tensors[name].shape
+            rest = name[len(block) + 1 :]
+            module, _, parameter = rest.partition(".")
+            if "tid2eid" in rest:
+                raise self._refusal(f"is hash-routed at {block} ({name}): its experts cannot be pruned")
+            if rest in self.family.fused or SHARED.match(module) or module in self.family.copied:
+                continue
+            if self.rows not in shape:
+                continue
+            own = not parameter  # the block's own parameter, such as a correction bias outside the gate
+            routes = module in ROUTER_MODULES or "router" in module or (own and not whole_layer)
+            if not routes and whole_layer:
+                continue
+            if not routes:
+                raise self._refusal(
+                    f"has {name} of shape {list(shape)} beside its experts, with an axis of their number {self.rows}: "
+                    "whether that is a coincidence cannot be seen, so it needs an entry in gatewright.tools.prune.families"
+                )
+            if self._is_ambiguous(name, parameter or rest):
+                raise self._refusal(
+                    f"has {name} of shape {list(shape)} in its router: which axis counts the {self.rows} experts, or "
+                    "whether one does, cannot be seen"
+                )
+            yield name
+
+    def _is_ambiguous(self, name: str, parameter: str) -> bool:
+        """Whether an axis as long as there are experts may be another one."""
+        entry = self.checkpoint.tensors[name]
+        if _is_vector(entry, self.rows):
+            return self.rows == self.hidden and not re.search("bias|expert|correction", parameter)
+        before = entry.shape[: self._axis(name)]
+        return any(size not in (1, self.hidden) for size in before)
+
+    def _place(self, block: str) -> tuple[int, bool]:
+        """The absolute layer index, and whether the layer belongs to an MTP head."""
+        match = LAYER.match(block)
+        if match is None:
+            raise self._refusal(
+                f"has experts at {block}, in no numbered layer: experts that layers share (tied experts) cannot be pruned "
+                "layer by layer"
+            )
+        index = int(match["index"])
+        if MTP.search(block):
+            return (self.num_layers or 0) + index, True
+        return index, self.num_layers is not None and index >= self.num_layers
+
+    def _check_layers(self, layers: list[MoeLayer]) -> None:
+        roots = {LAYER.match(layer.prefix)["root"] for layer in layers if not layer.mtp}
+        if len(roots) > 1:
+            stacks = ", ".join(sorted(f"{root}layers" for root in roots))
+            raise self._refusal(f"holds several stacks of MoE layers ({stacks}): save the one to prune by itself")
+        indices = [layer.index for layer in layers]
+        for index in set(indices):
+            if indices.count(index) > 1:
+                raise self._refusal(f"has two MoE blocks in layer {index}")
+        # A router without experts: they are another layer's, or lost.
+        prefixes = {layer.prefix for layer in layers}
+        alike = {_unnumbered(prefix) for prefix in prefixes}
+        routers = {name[len(layer.prefix) :] for layer in layers for name, _ in layer.router_tensors}
+        for name in self.checkpoint.tensors:
+            for rest in routers:
+                block = name.removesuffix(rest)
+                if block != name and block not in prefixes and _unnumbered(block) in alike:
+                    raise self._refusal(
+                        f"has a router without experts of its own, {name}: they are tied to another layer's, or the "
+                        "checkpoint is incomplete; save it with a copy for each layer"
+                    )
 
 
 def _is_vector(entry: TensorEntry, length: int) -> bool:
-    """[N] or [1, N], ...: as many numbers as there are experts, all along one axis."""
-    return (
-        length in entry.shape
-        and all(size == 1 for size in entry.shape if size != length)
-        and entry.shape.count(length) == 1
-    )
+    """[N], [1, N], ...: as many numbers as there are experts, along one axis."""
+    return length in entry.shape and math.prod(entry.shape) == length
 
 
 def _is_scalar(entry: TensorEntry) -> bool:
-    return all(size == 1 for size in entry.shape)
-
-
-def _axis(entry: TensorEntry, length: int) -> int:
-    return entry.shape.index(length)
-
-
-def _check_fused(checkpoint: Checkpoint, names: Iterable[str], num_experts: int) -> None:
-    for name in names:
-        entry = checkpoint.tensors[name]
-        if _is_scalar(entry):
-            continue  # a scale that all experts share
-        if entry.shape[0] != num_experts:
-            raise ValueError(
-                f"{checkpoint.folder}: config.json says {num_experts} experts, but axis 0 of {name} has "
-                f"{entry.shape[0]} (shape {list(entry.shape)})"
-            )
-
-
-def _check_single(
-    checkpoint: Checkpoint, family: Family, block: str, experts: dict[int, list[str]], num_experts: int
-) -> None:
-    missing = sorted(set(range(num_experts)) - set(experts))
-    extra = sorted(set(experts) - set(range(num_experts)))
-    if extra:
-        raise ValueError(
-            f"{checkpoint.folder}: config.json says {num_experts} experts, but {block} holds an expert {extra[-1]}"
-        )
-    if missing:
-        raise ValueError(
-            f"{checkpoint.folder}: {block} has no tensors for expert {missing[0]} ({len(missing)} of {num_experts} are "
-            "missing): they are tied to others, or the checkpoint is incomplete; save it with a copy for each expert"
-        )
-    modules = {expert: _modules(names) for expert, names in experts.items()}
-    for expert, own in modules.items():
-        if own != modules[0]:
-            raise ValueError(
-                f"{checkpoint.folder}: {block} has {', '.join(sorted(modules[0] ^ own))} for only one of experts 0 and "
-                f"{expert}: tied experts, or an incomplete checkpoint; save it with a copy for each expert"
-            )
+    return math.prod(entry.shape) == 1
 
 
 def _modules(names: Iterable[str]) -> set[str]:
     return {EXPERT.fullmatch(name)["rest"].split(".")[0] for name in names}
 
 
-def _below(checkpoint: Checkpoint, blocks: Iterable[str]) -> dict[str, list[str]]:
-    """For each block the names below it that are no expert's."""
-    below: dict[str, list[str]] = {block: [] for block in blocks}
-    for name in checkpoint.tensors:
-        if ".experts." in name:
-            continue
-        at = name.rfind(".")
-        while at > 0:
-            if name[:at] in below:
-                below[name[:at]].append(name)
-            at = name.rfind(".", 0, at)
-    return below
-
-
-def _router(
-    checkpoint: Checkpoint, family: Family, block: str, names: list[str], num_experts: int, hidden: int | None
-) -> list[tuple[str, int]]:
-    whole_layer = bool(re.search(r"\.\d+$", block))  # the experts stand in the decoder layer itself, beside its norms
-    found = []
-    for name in names:
-        entry = checkpoint.tensors[name]
-        rest = name[len(block) + 1 :]
-        module, _, parameter = rest.partition(".")
-        if rest in family.fused or SHARED.match(module) or module in family.copied or num_experts not in entry.shape:
-            continue
-        own = not parameter  # the block's own parameter, such as a correction bias outside the gate
-        routes = module in ROUTER_MODULES or "router" in module or (own and not whole_layer)
-        if not routes and whole_layer:
-            continue
-        if not routes:
-            raise ValueError(
-                f"{checkpoint.folder}: {name} of shape {list(entry.shape)} stands beside the experts of "
-                f'"{family.model_type}" and has an axis of {num_experts}, their number: whether that is a coincidence '
-                "cannot be seen, so this family needs an entry in gatewright.tools.prune.families"
-            )
-        if "tid2eid" in rest:
-            raise ValueError(f"{checkpoint.folder}: {block} is hash-routed ({name}): its experts cannot be pruned")
-        if _ambiguous(entry, parameter or rest, num_experts, hidden):
-            raise ValueError(
-                f'{checkpoint.folder}: {name} of shape {list(entry.shape)} is part of the router of "{family.model_type}", '
-                f"but which axis counts the {num_experts} experts, or whether one does, cannot be seen from its shape"
-            )
-        found.append((name, _axis(entry, num_experts)))
-    return found
-
-
-def _ambiguous(entry: TensorEntry, parameter: str, num_experts: int, hidden: int | None) -> bool:
-    """Whether an axis as long as there are experts may be another one."""
-    if _is_vector(entry, num_experts):
-        return num_experts == hidden and not re.search("bias|expert|correction", parameter)
-    axis = _axis(entry, num_experts)
-    return axis > 0 and hidden is not None and any(size not in (1, hidden) for size in entry.shape[:axis])
-
-
-def _place(checkpoint: Checkpoint, family: Family, block: str, num_layers: int | None) -> tuple[int, bool]:
-    match = LAYER.match(block)
-    if match is None:
-        raise ValueError(
-            f'{checkpoint.folder}: the experts of "{family.model_type}" at {block} belong to no numbered layer: experts '
-            "that layers share (tied experts) cannot be pruned layer by layer"
-        )
-    index = int(match["index"])
-    if MTP.search(block):
-        return (num_layers or 0) + index, True
-    return index, num_layers is not None and index >= num_layers
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def _is_mtp(name: str, num_layers: int | None) -> bool:
@@ -266,34 +311,3 @@ def _is_mtp(name: str, num_layers: int | None) -> bool:
         return True
     match = LAYER.match(name)
     return bool(match) and num_layers is not None and "vision" not in name and int(match["index"]) >= num_layers
-
-
-def _check_layers(checkpoint: Checkpoint, family: Family, layers: list[MoeLayer]) -> None:
-    roots = {LAYER.match(layer.prefix)["root"] for layer in layers if not layer.mtp}
-    if len(roots) > 1:
-        raise ValueError(
-            f'{checkpoint.folder}: "{family.model_type}" holds several stacks of MoE layers '
-            f"({', '.join(sorted(root + 'layers' for root in roots))}): save the one to prune by itself"
-        )
-    indices = [layer.index for layer in layers]
-    for index in indices:
-        if indices.count(index) > 1:
-            raise ValueError(f'{checkpoint.folder}: "{family.model_type}" has two MoE blocks in layer {index}')
-    # A router without experts: they are another layer's, or lost.
-    prefixes = {layer.prefix for layer in layers}
-    routers = {name.removeprefix(layer.prefix) for layer in layers for name, _ in layer.router_tensors}
-    for name in checkpoint.tensors:
-        for rest in routers:
-            if (
-                name.endswith(rest)
-                and name.removesuffix(rest) not in prefixes
-                and _like(name.removesuffix(rest), prefixes)
-            ):
-                raise ValueError(
-                    f"{checkpoint.folder}: {name} is a router without experts of its own: they are tied to another "
-                    "layer's, or the checkpoint is incomplete; save it with a copy for each layer"
-                )
-
-
-def _like(prefix: str, prefixes: set[str]) -> bool:
-    return re.sub(r"\d+", "#", prefix) in {re.sub(r"\d+", "#", known) for known in prefixes}
