@@ -38,10 +38,15 @@ from torch import Tensor, nn
 from ..routers.base import Routing, TokenContext
 from . import metrics
 from .layer import MoELayerCode, is_recomputing
-from .record_log import MARGIN_EDGES, LayerInfo, LogWriter, Window
+from .record_log import MARGIN_EDGES, LayerInfo, LogWriter, ProbeInputs, Window
 from .record_sums import Bank, RoutingSums
 
 Labels = Sequence[Any] | np.ndarray | Tensor
+
+# what is kept of a probe's inputs: enough for the eye, little in the log
+SHOWN_IMAGES, SHOWN_PIXELS = 16, 64
+SHOWN_SERIES, SHOWN_POINTS = 8, 1024
+SHOWN_TEXTS = 4096
 
 
 class Recorder:
@@ -95,7 +100,7 @@ class Recorder:
         self._loss_keys: list[tuple[int, str]] | None = None
         self._in_flight: list[_Copy] = []
         self._probed: _Probed | None = None
-        self._probe: tuple[Callable[[], Any], Mapping[str, Labels], int] | None = None
+        self._probe: tuple[Callable[[], Any], Mapping[str, Labels], Tensor | Sequence[str] | None, int] | None = None
         self._log: LogWriter | None = None
         self._ranks = dist.get_world_size(group) if dist.is_initialized() else 1
         error = None
@@ -177,7 +182,7 @@ class Recorder:
         else:
             self._sums.look_closely = (step + 1 - self._first) % self.sample_every == 0
         self._receive(wait=False)
-        if self._probe is not None and (step + 1) % self._probe[2] == 0:
+        if self._probe is not None and (step + 1) % self._probe[-1] == 0:
             self.run_probe(step + 1)
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
@@ -204,7 +209,14 @@ class Recorder:
         finally:
             self._paused = before
 
-    def probe(self, run: Callable[[], Any], *, labels: Mapping[str, Labels] | None = None, every: int) -> None:
+    def probe(
+        self,
+        run: Callable[[], Any],
+        *,
+        labels: Mapping[str, Labels] | None = None,
+        show: Tensor | Sequence[str] | None = None,
+        every: int,
+    ) -> None:
         """From now on runs a frozen batch every ``every`` steps, and records each layer's exact decisions for it.
 
         Args:
@@ -213,21 +225,26 @@ class Recorder:
                 it the same data.
             labels: by name one class for each token or sample: numbers or texts. What the context tells is added:
                 "token" (ids), "position", or "patch" where there is a grid, and quarters of the "timestep"s' range.
+            show: what the tokens were cut from, for the report to draw the first samples with the tokens of an expert
+                marked: images [B, C, H, W] with 1 or 3 channels, uint8 or stretched to their range; time series [B, P];
+                or texts, one string a token.
         """
         if every < 1:
             raise ValueError(f"every={every}: choose at least 1")
-        self._probe = run, labels or {}, every
+        self._probe = run, labels or {}, show, every
 
     def run_probe(self, step: int) -> None:
         """Runs the batch of ``probe`` now, after ``step`` optimizer steps: once before the first, and at the end."""
         if self._probe is None:
             raise ValueError("there is no batch to run: give one by recorder.probe(run, labels=..., every=...)")
-        run, labels, _ = self._probe
-        with self.probing(step, labels):
+        run, labels, show, _ = self._probe
+        with self.probing(step, labels, show):
             run()
 
     @contextlib.contextmanager
-    def probing(self, step: int, labels: Mapping[str, Labels] | None = None) -> Iterator[None]:
+    def probing(
+        self, step: int, labels: Mapping[str, Labels] | None = None, show: Tensor | Sequence[str] | None = None
+    ) -> Iterator[None]:
         """Records every forward inside as the probe after ``step`` optimizer steps: in evaluation mode, without
         gradient; the random state and the modules' modes are restored."""
         self._begin(step)
@@ -243,7 +260,7 @@ class Recorder:
             for module, mode in modes:
                 module.training = mode
         # on every rank, so that what is wrong is so on all
-        self._write("probe", step, probed.index(), probed.labels(labels or {}))
+        self._write("probe", step, probed.index(), probed.labels(labels or {}), probed.inputs(show))
 
     def summary(self) -> dict[str, float]:
         """The last window in at most 20 numbers of stable names, for any logger; {} before the first. Waits for the
@@ -593,6 +610,45 @@ class _Probed:
             else:
                 labels.setdefault(name, (joined.astype(np.int32), []))
         return labels
+
+    def inputs(self, show: Tensor | Sequence[str] | None) -> ProbeInputs | None:
+        """The first samples of what the tokens were cut from.
+
+        Raises:
+            ValueError: it is none of the three kinds, or not of as many samples or tokens as were run.
+        """
+        if show is None:
+            return None
+        lengths = [length for batch, length in self._shapes for _ in range(batch)]
+        if not isinstance(show, Tensor):
+            texts = [str(text) for text in show]
+            if len(texts) != sum(lengths):
+                raise ValueError(f"show has {len(texts)} texts: give one for each of the {sum(lengths)} tokens")
+            ends = np.cumsum(lengths)
+            number = max(1, int(np.searchsorted(ends, SHOWN_TEXTS, side="right")))
+            return ProbeInputs("texts", lengths[:number], texts[: sum(lengths[:number])])
+        images = show.dim() == 4 and show.shape[1] in (1, 3)
+        if not images and show.dim() != 2:
+            raise ValueError(
+                f"show has shape {tuple(show.shape)}: give images [B, 1 or 3, H, W], series [B, P], or one text a token"
+            )
+        if len(show) != len(lengths):
+            raise ValueError(f"show has {len(show)} samples: give each of the {len(lengths)} that were run")
+        if images and self._grid is None:
+            raise ValueError("images are shown by patch, and the context has no grid: set TokenContext.grid")
+        show = show.detach().cpu()
+        shown = show[: SHOWN_IMAGES if images else SHOWN_SERIES].float()
+        if not images:
+            points = min(shown.shape[1], SHOWN_POINTS)
+            values = nn.functional.adaptive_avg_pool1d(shown[:, None], points)[:, 0]
+            return ProbeInputs("series", lengths[: len(shown)], values.numpy())
+        if show.dtype != torch.uint8:
+            low, high = shown.min(), shown.max()
+            shown = (shown - low) / (high - low).clamp(min=torch.finfo(shown.dtype).tiny) * 255
+        scale = min(1.0, SHOWN_PIXELS / max(shown.shape[2:]))
+        size = [max(1, round(scale * side)) for side in shown.shape[2:]]
+        pixels = nn.functional.adaptive_avg_pool2d(shown, size).round().to(torch.uint8)
+        return ProbeInputs("images", lengths[: len(shown)], pixels.permute(0, 2, 3, 1).contiguous().numpy(), self._grid)
 
 
 def _ranked_ids(routing: Routing, bank: Bank, real_T: Tensor | None) -> Tensor:

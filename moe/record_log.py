@@ -145,6 +145,23 @@ class Probe:
     index: list[np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class ProbeInputs:
+    """What the frozen batch's first samples look like.
+
+    Attributes:
+        kind: "images", "series" or "texts".
+        lengths: tokens of each of these samples.
+        values: images [n, H, W, C] uint8 with C 1 or 3; series [n, P] float32; texts, one string a token.
+        grid: rows and columns of an image's patches.
+    """
+
+    kind: str
+    lengths: list[int]
+    values: np.ndarray | list[str]
+    grid: tuple[int, int] | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingLog:
     """A log as read. S windows, L layers, E the most routed experts of any layer; arrays as in ``Window``, [S, ...].
@@ -165,6 +182,7 @@ class RoutingLog:
         similarity: (step, cosines [L, E, E] between the router's rows), NaN for a layer that has none.
         probes: the decisions for the frozen batch.
         probe_labels: by name: class of each token of the batch [N] int32, and what the classes are called.
+        probe_inputs: what its first samples look like, where that was recorded.
     """
 
     path: Path
@@ -196,6 +214,7 @@ class RoutingLog:
     similarity: list[tuple[int, np.ndarray]]
     probes: list[Probe]
     probe_labels: dict[str, tuple[np.ndarray, list[str]]]
+    probe_inputs: ProbeInputs | None = None
 
 
 class LogWriter:
@@ -280,8 +299,14 @@ class LogWriter:
             arrays["similarity"] = np.asarray(similarity, dtype="<f2")
         self._append({"kind": "structure", "step": int(step)}, arrays)
 
-    def probe(self, step: int, index: Sequence[np.ndarray], labels: Mapping[str, tuple[np.ndarray, Sequence[str]]]):
-        """Appends the decisions for the frozen batch; its labels, where they are not those of the last one."""
+    def probe(
+        self,
+        step: int,
+        index: Sequence[np.ndarray],
+        labels: Mapping[str, tuple[np.ndarray, Sequence[str]]],
+        inputs: ProbeInputs | None = None,
+    ) -> None:
+        """Appends the decisions for the frozen batch; its labels and inputs, where they are not the last one's."""
         arrays = {name: np.asarray(values, dtype="<i4") for name, (values, _) in labels.items()}
         names = {name: [str(text) for text in texts] for name, (_, texts) in labels.items()}
         content = json.dumps(names, sort_keys=True).encode() + b"".join(arrays[n].tobytes() for n in sorted(arrays))
@@ -289,8 +314,16 @@ class LogWriter:
         if digest != self._labels:
             self._append({"kind": "labels", "digest": digest, "names": names}, arrays)
             self._labels = digest
+            if inputs is not None:
+                self._append_inputs(digest, inputs)
         ids = {f"index/{layer}": np.asarray(ids, dtype="<i2") for layer, ids in enumerate(index)}
         self._append({"kind": "probe", "step": int(step), "digest": digest}, ids)
+
+    def _append_inputs(self, digest: str, inputs: ProbeInputs) -> None:
+        texts = inputs.values if inputs.kind == "texts" else []
+        arrays = {} if inputs.kind == "texts" else {"values": inputs.values}
+        head = {"kind": "inputs", "digest": digest, "what": inputs.kind, "lengths": inputs.lengths, "texts": texts}
+        self._append(head | {"grid": list(inputs.grid or [])}, arrays)
 
     def close(self, complete: bool = True) -> None:
         """Ends the log; ``complete`` tells readers that the run came to its end."""
@@ -349,6 +382,7 @@ def read_log(path: str | Path, *, max_windows: int | None = None, max_bytes: int
     some = _thin(index.of_kind("structure"), 24 * len(layers) * experts**2, max_bytes, "looks at structure", notices)
     structure, similarity = _read_structure(some, len(layers), experts, notices)
     labels, probes = _read_probes(index, len(layers), max_bytes, notices)
+    inputs = _read_inputs(index, probes, notices)
     if not windows:
         notices.append("no window is recorded yet")
     return RoutingLog(
@@ -370,6 +404,7 @@ def read_log(path: str | Path, *, max_windows: int | None = None, max_bytes: int
         similarity=similarity,
         probes=probes,
         probe_labels=labels,
+        probe_inputs=inputs,
     )
 
 
@@ -413,7 +448,7 @@ class _Index:
         """Those that no later process replaced, by step."""
         place = "last" if kind == "window" else "step"
         frames = [f for f in self.frames if f.head["kind"] == kind]
-        if kind in ("scalars", "labels"):
+        if kind in ("scalars", "labels", "inputs"):
             return frames
         # the probe is after `step` steps, all else in step `step`
         frames = [f for f in frames if f.head[place] < f.until or (kind == "probe" and f.head[place] == f.until)]
@@ -519,6 +554,7 @@ _KINDS: dict[str, dict[str, type]] = {
     "structure": {"step": int},
     "labels": {"digest": str, "names": dict},
     "probe": {"step": int, "digest": str},
+    "inputs": {"digest": str, "what": str, "lengths": list, "texts": list, "grid": list},
     "end": {},
 }
 
@@ -659,6 +695,29 @@ def _read_probes(
         # copies, because torch warns of arrays that cannot be written
         probes.append(Probe(frame.head["step"], [ids.copy() for ids in arrays.values()]))
     return labels, probes
+
+
+def _read_inputs(index: _Index, probes: list[Probe], notices: list[str]) -> ProbeInputs | None:
+    """What stands beside the labels written last."""
+    written, labels = index.of_kind("inputs"), index.of_kind("labels")
+    if not written or not probes or written[-1].head["digest"] != labels[-1].head["digest"]:
+        return None
+    head = written[-1].head
+    kind, lengths, grid = head["what"], head["lengths"], tuple(head["grid"]) or None
+    values = [str(text) for text in head["texts"]] if kind == "texts" else written[-1].arrays().get("values")
+    whole = all(isinstance(n, int) and n > 0 for n in (*lengths, *(grid or ())))
+    fits = whole and values is not None and sum(lengths) <= len(probes[-1].index[0])
+    if kind == "images":
+        fits = fits and grid is not None and len(grid) == 2 and values.ndim == 4 and values.shape[3] in (1, 3)
+        fits = fits and all(n == math.prod(grid) for n in lengths)
+    elif kind == "series":
+        fits = fits and values.ndim == 2
+    elif kind != "texts":
+        return None  # a later version's
+    if not fits or len(values) != (sum(lengths) if kind == "texts" else len(lengths)):
+        notices.append("what the probe's samples look like does not fit its tokens: left out")
+        return None
+    return ProbeInputs(kind, lengths, values, grid)
 
 
 def _cannot_write(folder: Path, error: OSError) -> OSError:

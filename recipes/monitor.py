@@ -92,7 +92,9 @@ class RoutingMonitor:
             count = min(PROBE_IMAGES, len(images))
             device = next(model.parameters()).device
             batch: tuple[Any, ...] = (images[:count].to(device), labels[:count].to(device))
-            with self.recorder.probing(step, {"class": labels[:count]}):
+            # latents are no pictures
+            show = images[:count] if images.shape[1] in (1, 3) else None
+            with self.recorder.probing(step, {"class": labels[:count]}, show):
                 objective.score(model, *batch, Draw(0, 0, tuple(range(count))))
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from router_cases import CASES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gatewright.moe import ExpertSpec, MoELayer, finish_step, metrics
+from gatewright.moe import ExpertSpec, MoELayer, finish_step, metrics, record_sums
 from gatewright.moe.record import Recorder, measures
 from gatewright.moe.record_log import ACTIVE, MARGIN_EDGES, read_log
 from gatewright.routers import TokenContext, create_router
@@ -288,6 +288,77 @@ def test_a_probe_with_labels_that_do_not_fit(tmp_path):
         recorder.probe(lambda: model(tokens(0)), labels={"class": [1, 2]}, every=1)
         with pytest.raises(ValueError, match="'class' has 2 entries.*3 samples or 18 tokens"):
             recorder.run_probe(0)
+
+
+def test_the_probe_shows_what_its_tokens_were_cut_from(tmp_path):
+    model, x = Model(top_k=1), tokens(7, batch=20)
+    context = TokenContext.for_tokens(x, grid=(2, 3))
+    ramp = torch.arange(4.0)[:, None] + 4 * torch.arange(6.0)
+    images = ramp.expand(20, 1, 4, 6) + torch.arange(20.0).view(20, 1, 1, 1)
+    series = torch.arange(20.0)[:, None] * torch.ones(2048)
+    texts = [f"<{place}>" for place in range(20 * LENGTH)]
+    for name, show in {"images": images, "series": series, "texts": texts}.items():
+        with Recorder(model, tmp_path / name) as recorder:
+            recorder.probe(lambda: model(x, context), show=show, every=1)
+            recorder.run_probe(0)
+            recorder.run_probe(1)
+        inputs = read_log(tmp_path / name).probe_inputs
+        assert inputs.kind == name and len(read_log(tmp_path / name).probes) == 2
+        if name == "images":
+            assert inputs.values.shape == (16, 4, 6, 1) and inputs.grid == (2, 3) and inputs.lengths == [LENGTH] * 16
+            stretched = (images[:16, 0] / images[:16].max() * 255).round()
+            assert np.array_equal(inputs.values[..., 0], stretched.numpy().astype(np.uint8))
+        elif name == "series":
+            assert inputs.values.shape == (8, 1024) and (inputs.values == np.arange(8.0)[:, None]).all()
+        else:
+            assert inputs.values == texts and inputs.lengths == [LENGTH] * 20
+    large = torch.full((20, 3, 200, 100), 7, dtype=torch.uint8)
+    with Recorder(model, tmp_path / "large") as recorder, recorder.probing(0, show=large):
+        model(x, context)
+    inputs = read_log(tmp_path / "large").probe_inputs
+    assert inputs.values.shape == (16, 64, 32, 3) and (inputs.values == 7).all(), "uint8 is not stretched"
+
+
+@pytest.mark.parametrize(
+    "show, grid, said",
+    [
+        (torch.zeros(3, 4, 8, 8), (2, 3), r"\(3, 4, 8, 8\).*1 or 3, H, W"),
+        (torch.zeros(2, 1, 8, 8), (2, 3), "2 samples: give each of the 3"),
+        (torch.zeros(3, 1, 8, 8), None, "no grid"),
+        (["a"] * 17, None, "17 texts: give one for each of the 18 tokens"),
+    ],
+)
+def test_what_cannot_be_shown(show, grid, said, tmp_path):
+    model, x = Model(), tokens(0)
+    with (
+        Recorder(model, tmp_path) as recorder,
+        pytest.raises(ValueError, match=said),
+        recorder.probing(0, show=show),
+    ):
+        model(x, TokenContext.for_tokens(x, grid=grid))
+    assert read_log(tmp_path).probes == []
+
+
+def test_decisions_kept_or_added_up_at_once(tmp_path, monkeypatch):
+    """However many are kept before they are added up, and however lengths change, the sums are the same."""
+
+    def sums(limit: int) -> dict[str, np.ndarray]:
+        monkeypatch.setattr(record_sums, "HELD_BYTES", limit)
+        model = Model("topk", (4, 6), top_k=2, balance_weight=0.1, capacity_factor=0.7)
+        with Recorder(model, tmp_path / str(limit), every=6, sample_every=2) as recorder:
+            for step in range(6):
+                for part in range(1 + step % 2):
+                    backward(*model(tokens(10 * step + part, batch=1 + step % 3)))
+                recorder.step(step)
+        log = read_log(tmp_path / str(limit))
+        names = ("tokens", "counts", "requested", "sampled", "score_sum", "entropy_sum", "margin_histogram", "drops")
+        return {name: getattr(log, name) for name in names} | log.losses
+
+    kept = sums(1 << 30)
+    assert kept["tokens"].sum() == 2 * LENGTH * (1 + 2 * 2 + 3 + 2 * 1 + 2 + 2 * 3) and kept["drops"].any()
+    for limit in (0, 700):
+        for name, values in sums(limit).items():
+            np.testing.assert_allclose(values, kept[name], rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)

@@ -32,6 +32,7 @@ MOST_WINDOWS = 200
 MOST_CELLS = 320_000
 MOST_PAIRS = 200_000
 MOST_PROBES = 24
+MOST_SHOWN = 60_000  # choices of the tokens that are drawn
 MOST_POINTS = 400
 MOST_LABELS = 48  # with more values a label is shown as chips, not as a panel, unless they form a grid
 PERMUTATIONS = 20
@@ -94,7 +95,7 @@ class _Blob:
         self._parts: list[bytes] = []
         self._length = 0
 
-    def _add(self, array: np.ndarray, **meaning: Any) -> dict[str, Any]:
+    def add(self, array: np.ndarray, **meaning: Any) -> dict[str, Any]:
         data = np.ascontiguousarray(array).tobytes()
         data += b"\0" * (-len(data) % 4)
         entry = {"type": array.dtype.str[1:], "shape": list(array.shape), "at": self._length, **meaning}
@@ -107,7 +108,7 @@ class _Blob:
         dtype = next(
             d for d in ("<i2", "<i4", "<f8") if d == "<f8" or (largest <= (i := np.iinfo(d)).max and least >= i.min)
         )
-        return self._add(values.astype(dtype))
+        return self.add(values.astype(dtype))
 
     def linear(self, values: np.ndarray, bits: int = 16, low: float | None = None, high: float | None = None):
         """Between the least and the largest finite value, or the given; the highest code is NaN."""
@@ -119,7 +120,7 @@ class _Blob:
         top = 2**bits - 2
         scale = (high - low) / top or 1.0
         codes = np.where(there, np.clip(np.rint((np.where(there, values, low) - low) / scale), 0, top), top + 1)
-        return self._add(codes.astype("<u2" if bits == 16 else "|u1"), low=low, scale=scale, missing=top + 1)
+        return self.add(codes.astype("<u2" if bits == 16 else "|u1"), low=low, scale=scale, missing=top + 1)
 
     def logarithmic(self, ratios: np.ndarray, span: float = 6.0) -> dict[str, Any]:
         """8 bits: 0 = missing, 1 = zero, 2 to 255 = log2 of the ratio from -span to span."""
@@ -127,7 +128,7 @@ class _Blob:
         with np.errstate(divide="ignore", invalid="ignore"):
             codes = 2 + np.rint((np.clip(np.log2(ratios), -span, span) + span) / (2 * span) * 253)
         codes = np.where(ratios > 0, codes, 1)
-        return self._add(np.where(np.isnan(ratios), 0, codes).astype("|u1"), span=span)
+        return self.add(np.where(np.isnan(ratios), 0, codes).astype("|u1"), span=span)
 
     def text(self) -> str:
         return base64.b64encode(gzip.compress(b"".join(self._parts), 9, mtime=0)).decode()
@@ -437,7 +438,25 @@ def _meaning(log: RoutingLog, top_k: list[float], blob: _Blob, notices: list[str
         called = [names[value] if value < len(names) else str(value) for value in present]
         make = _panel if len(present) <= MOST_LABELS or _grid(called) else _chips
         sets.append({"name": name, **make(log, labels, called, top_k, blob, rng, notices)})
-    return {"step": probe.step, "tokens": len(probe.index[0]), "sets": sets} if sets else None
+    shown = _shown(log, blob)
+    if not sets and shown is None:
+        return None
+    return {"step": probe.step, "tokens": len(probe.index[0]), "sets": sets, "shown": shown}
+
+
+def _shown(log: RoutingLog, blob: _Blob) -> dict[str, Any] | None:
+    """The probe's first samples, and the experts of their tokens, [F, n, K] of some layers."""
+    inputs, index = log.probe_inputs, log.probes[-1].index
+    if inputs is None:
+        return None
+    tokens, width = sum(inputs.lengths), max(ids.shape[1] for ids in index)
+    layers = _spread(len(log.layers), max(1, MOST_SHOWN // (tokens * width)))
+    ids = np.full((len(layers), tokens, width), -1, dtype=np.int16)
+    for place, layer in enumerate(layers):
+        ids[place, :, : index[layer].shape[1]] = index[layer][:tokens]
+    values = inputs.values if inputs.kind == "texts" else blob.add(inputs.values)
+    made = {"kind": inputs.kind, "lengths": inputs.lengths, "grid": inputs.grid, "values": values}
+    return made | {"layers": layers, "index": blob.whole(ids)}
 
 
 def _panel(log, labels, called, top_k, blob, rng, notices) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import made_up_logs
 import numpy as np
 import pytest
 
-from gatewright.moe.record_log import LayerInfo, LogWriter, Window, read_log
+from gatewright.moe.record_log import LayerInfo, LogWriter, ProbeInputs, Window, read_log
 from gatewright.tools.dashboard.data import page_data, read_runs
 from gatewright.tools.dashboard.report import write_report
 
@@ -307,6 +307,40 @@ def test_what_was_not_recorded_is_told_not_drawn(chromium, tmp_path):
                 assert expected[page_name] in text(chromium, ".missing"), (name, page_name)
             assert "NaN" not in text(chromium, "main") and "undefined" not in text(chromium, "main")
         assert chromium.console() == []
+
+
+@pytest.mark.parametrize("kind", ["images", "series", "texts"])
+def test_samples_are_shown_with_an_experts_tokens_marked(chromium, tmp_path, kind):
+    draw = np.random.default_rng(0)
+    layers = [LayerInfo(name=str(i), layer=i, experts=4, top_k=1.0) for i in range(2)]
+    index = [draw.integers(0, 4, (5 * 6, 1)) for _ in layers]
+    index[0][:12] = 2
+    values = {
+        "images": draw.integers(0, 255, (3, 8, 12, 3)).astype(np.uint8),
+        "series": draw.normal(size=(3, 60)).astype(np.float32),
+        "texts": [EVIL, *(f" t{i}" for i in range(17))],
+    }[kind]
+    writer = LogWriter(tmp_path / "run", layers)
+    writer.probe(
+        0, index, {"one": (np.zeros(30), "a")}, ProbeInputs(kind, [6] * 3, values, (2, 3) if kind == "images" else None)
+    )
+    writer.close()
+    write_report([read_log(tmp_path / "run")], tmp_path / "report.html")
+    chromium.console()
+    chromium.open(tmp_path / "report.html")
+    chromium.wait("return document.querySelector('main .page')")
+    click(chromium, "[data-page=meaning]")
+    marked = "return document.querySelectorAll('#fig-shown .taken').length"
+    assert "What expert 2 of layer 0 takes" in text(chromium, "#fig-shown h3"), "the one that has most"
+    assert chromium.run(marked) == (index[0][:18] == 2).sum()
+    choose(chromium, "Expert shown", "1")
+    assert chromium.run(marked) == (index[0][:18] == 1).sum()
+    assert f"{(index[0][:18] == 1).sum()} of 18" in text(chromium, "#fig-shown .note")
+    if kind == "images":
+        assert chromium.run("return document.querySelectorAll('#fig-shown image').length") == 3
+    if kind == "texts":
+        assert EVIL in text(chromium, "#fig-shown .texts")
+    assert chromium.console() == []
 
 
 def test_odd_logs_draw_nothing_wrong(chromium, tmp_path):

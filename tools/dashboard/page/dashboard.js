@@ -30,7 +30,7 @@ const THEMES = {
 
 // ---------------------------------------------------------------------------------------------- elements and numbers
 
-const SVG = new Set(["svg", "g", "path", "line", "rect", "circle", "text", "clipPath", "defs", "title"]);
+const SVG = new Set(["svg", "g", "path", "line", "rect", "circle", "text", "clipPath", "defs", "title", "image"]);
 
 /** An element; text children become text nodes, so nothing in the data is ever markup. */
 export function el(tag, attributes = {}, ...children) {
@@ -88,7 +88,7 @@ function mix(stops, t) {
 /** Arrays [...shape] out of a run's blob; `at(...)` is a number, NaN where nothing is known. */
 class Packed {
   constructor(buffer, { type, shape, at, low, scale, missing, span }) {
-    const kinds = { u1: Uint8Array, u2: Uint16Array, i2: Int16Array, i4: Int32Array, f8: Float64Array };
+    const kinds = { u1: Uint8Array, u2: Uint16Array, i2: Int16Array, i4: Int32Array, f4: Float32Array, f8: Float64Array };
     const size = shape.reduce((x, y) => x * y, 1);
     const codes = new kinds[type](buffer.slice(at, at + size * kinds[type].BYTES_PER_ELEMENT));
     this.shape = shape;
@@ -676,7 +676,7 @@ async function picture(body, title, theme) {
 const column = (packed, layer) => (packed ? range(packed.shape[0]).map((i) => packed.at(i, layer)) : []);
 const HOW = {
   scores: ["The router gives no scores for its decisions (", el("code", {}, "Routing.scores"), "), or only counts are known."],
-  probe: ["Give the recorder a frozen batch, and labels to see what experts mean: ", el("code", {}, "recorder.probe(run, labels={\"class\": ...}, every=100)"), "."],
+  probe: ["Give the recorder a frozen batch, and labels to see what experts mean: ", el("code", {}, "recorder.probe(run, labels={\"class\": ...}, show=images, every=100)"), "."],
   structure: ["Which experts occur together is sampled every ", el("code", {}, "structure_every"), " steps; this log holds no sample yet."],
   windows: ["No training window is in this log yet."],
 };
@@ -846,6 +846,12 @@ const DRAW = {
     const { run, other, state } = app;
     if (!run.meaning) return app.missing(page, "Meaning", how("probe"));
     const sets = run.meaning.sets;
+    if (run.meaning.shown) {
+      const first = el("div", { class: "grid first" });
+      page.append(first);
+      drawShown(app, first, run.meaning.shown);
+    }
+    if (!sets.length) return;
     if (state.set == null || state.set >= sets.length) {
       // the label that tells most of the expert comes first
       const above = (set) => set.nmi.reduce((sum, [value, chance]) => sum + (value == null ? 0 : value - chance), 0);
@@ -1322,6 +1328,88 @@ function drawChips(app, grid, run, set, layer, suffix, mark) {
   });
 }
 const visible = (text) => (text.trim() === "" || /[\n\t]/.test(text) ? text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅" : text);
+
+/** The first samples of the probe, with the tokens of one expert marked in them. */
+function drawShown(app, grid, shown) {
+  const { run, state, theme } = app;
+  const place = shown.layers.reduce((best, layer, i) => (Math.abs(layer - app.layer) < Math.abs(shown.layers[best] - app.layer) ? i : best), 0);
+  const info = run.layers[shown.layers[place]], E = info.experts, T = shown.lengths.reduce((sum, n) => sum + n, 0);
+  const experts = (t) => range(shown.index.shape[2]).map((k) => shown.index.at(place, t, k)).filter((e) => e >= 0);
+  const taken = range(E).map(() => 0);
+  for (let t = 0; t < T; t++) for (const e of experts(t)) taken[e]++;
+  const expert = state.cell != null && state.cell < E ? state.cell : taken.indexOf(Math.max(...taken));
+  const has = (t) => experts(t).includes(expert);
+  const picker = el("label", { class: "choice" }, el("span", {}, "Expert"),
+    el("select", { "aria-label": "Expert shown", onchange: (event) => app.set({ cell: Number(event.target.value) }) }, range(E).map((e) => el("option", { value: e, ...(e === expert ? { selected: "" } : {}) }, e))));
+  const tip = (event, t) => app.tip(event, el("b", {}, `token ${t}`), tipRow(experts(t).length > 1 ? "experts" : "expert", experts(t).join(", ") || "none"));
+  const draw = { images: shownImages, series: shownSeries, texts: shownTexts }[shown.kind];
+  const unit = { images: "patches", series: "stretches", texts: "tokens" }[shown.kind];
+  const starts = shown.lengths.map((_, i) => shown.lengths.slice(0, i).reduce((sum, n) => sum + n, 0));
+  app.figure(grid, {
+    id: "shown", title: `What expert ${expert} of layer ${info.layer} takes`, explain: "share", wide: true, png: shown.kind !== "texts",
+    note: `The first ${whole(shown.lengths.length)} samples of the probe at step ${whole(run.meaning.step)}: ${whole(taken[expert])} of ${whole(T)} ${unit} go to this expert; chance is ${percent((info.top_k ?? 1) / E)}.`,
+    draw: (width) => [picker, draw(shown, { width, theme, has, tip, starts, leave: () => app.tip() })],
+    csv: () => [["sample", "token", "experts"], ...shown.lengths.flatMap((n, i) => range(n).map((j) => [i, j, experts(starts[i] + j).join(" ")]))],
+  });
+}
+
+function shownImages(shown, { width, theme, has, tip, starts, leave }) {
+  const [n, h, w, c] = shown.values.shape, [rows, columns] = shown.grid, gap = 12;
+  const across = Math.max(2, Math.min(n, Math.floor(width / 118))), wide = Math.min(160, (width - gap * (across - 1)) / across), tall = wide * h / w;
+  const height = Math.ceil(n / across) * (tall + gap), cell = [wide / columns, tall / rows];
+  const svg = el("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Images of the probe; the patches of this expert are outlined, the others faded" });
+  for (let i = 0; i < n; i++) {
+    const x = (i % across) * (wide + gap), y = Math.floor(i / across) * (tall + gap), canvas = el("canvas", { width: w, height: h });
+    const pen = canvas.getContext("2d"), pixels = pen.createImageData(w, h);
+    for (let p = 0; p < h * w; p++) {
+      for (let k = 0; k < 3; k++) pixels.data[4 * p + k] = shown.values.at(i, Math.floor(p / w), p % w, c === 3 ? k : 0);
+      pixels.data[4 * p + 3] = 255;
+    }
+    pen.putImageData(pixels, 0, 0);
+    svg.append(el("image", { x, y, width: wide, height: tall, href: canvas.toDataURL(), style: "image-rendering:pixelated", preserveAspectRatio: "none" }));
+    const taken = [];
+    for (let t = 0; t < rows * columns; t++) {
+      const mine = has(starts[i] + t), inset = mine ? 1 : 0;
+      const box = el("rect", { x: x + (t % columns) * cell[0] + inset, y: y + Math.floor(t / columns) * cell[1] + inset, width: cell[0] - 2 * inset, height: cell[1] - 2 * inset,
+        ...(mine ? { class: "taken", fill: "transparent", stroke: theme.b, "stroke-width": 2 } : { fill: theme.bg, "fill-opacity": 0.62 }) });
+      box.addEventListener("pointermove", (event) => tip(event, starts[i] + t));
+      box.addEventListener("pointerleave", leave);
+      if (mine) taken.push(box); else svg.append(box);
+    }
+    svg.append(...taken); // outlines lie above their neighbours' fading
+  }
+  return svg;
+}
+
+function shownSeries(shown, { width, theme, has, tip, starts, leave }) {
+  const [n, points] = shown.values.shape, tall = 74, height = n * tall;
+  const svg = el("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Series of the probe; the stretches of this expert are drawn bold" });
+  for (let i = 0; i < n; i++) {
+    const values = range(points).map((p) => shown.values.at(i, p)), low = Math.min(...values), high = Math.max(...values);
+    const x = (p) => (p / Math.max(1, points - 1)) * width, y = (v) => i * tall + 8 + (1 - (v - low) / (high - low || 1)) * (tall - 20);
+    svg.append(el("path", { d: path(range(points), values, x, y), fill: "none", stroke: theme.soft, "stroke-opacity": 0.6 }));
+    const length = shown.lengths[i];
+    for (let t = 0; t < length; t++) {
+      const from = Math.floor((t * points) / length), to = Math.min(points, Math.floor(((t + 1) * points) / length) + 1), mine = has(starts[i] + t);
+      const box = el("rect", { x: x(from), y: i * tall, width: Math.max(1, x(to - 1) - x(from)), height: tall - 6, fill: theme.b, "fill-opacity": mine ? 0.14 : 0, ...(mine ? { class: "taken" } : {}) });
+      box.addEventListener("pointermove", (event) => tip(event, starts[i] + t));
+      box.addEventListener("pointerleave", leave);
+      svg.append(box);
+      if (mine) svg.append(el("path", { d: path(range(to - from).map((j) => from + j), values.slice(from, to), x, y), fill: "none", stroke: theme.b, "stroke-width": 2.2, "pointer-events": "none" }));
+    }
+  }
+  return svg;
+}
+
+function shownTexts(shown, { theme, has, tip, starts, leave }) {
+  return el("div", { class: "texts" }, shown.lengths.map((length, i) => el("p", {}, range(length).map((t) => {
+    const mine = has(starts[i] + t), one = el("span", mine ? { class: "taken", style: `background:${theme.band};box-shadow:inset 0 -2px ${theme.b}` } : {}, shown.values[starts[i] + t]);
+    one.addEventListener("pointermove", (event) => tip(event, starts[i] + t));
+    one.addEventListener("pointerleave", leave);
+    return one;
+  }))));
+}
+
 
 function drawNmi(app, grid) {
   const { run, other, theme } = app, sets = run.meaning.sets, L = run.layers.length;
