@@ -82,12 +82,13 @@ class Layout:
         num_layers = number(text, LAYER_KEYS)
         extra = text.get(family.extra_rows, 0) if isinstance(family.extra_rows, str) else family.extra_rows
         found = _Search(checkpoint, family, num_experts, num_experts + extra, text.get("hidden_size"), num_layers).run()
+        roots = {LAYER.match(layer.prefix)["root"] for layer in found if not layer.mtp}
         groups = number(text, family.group_keys, family.num_groups) or 1
         layout = cls(
             family=family,
             layers=tuple(layer for layer in found if not layer.mtp),
             mtp_layers=tuple(layer for layer in found if layer.mtp),
-            mtp_tensors=tuple(name for name in checkpoint.tensors if _is_mtp(name, num_layers)),
+            mtp_tensors=tuple(name for name in checkpoint.tensors if _is_mtp(name, roots, num_layers)),
             num_experts=num_experts,
             top_k=number(text, family.top_k_keys, family.top_k),
             num_groups=groups,
@@ -95,8 +96,8 @@ class Layout:
         )
         if not layout.layers:
             raise ValueError(
-                f'{checkpoint.folder}: "{family.model_type}" has {num_experts} experts by config.json, but no tensor is '
-                "named like an expert's: <block>.experts.<number>.<weight>, or <block>.experts.<weight> of them all"
+                f'{checkpoint.folder}: "{family.model_type}" has {num_experts} experts by config.json, but no tensor '
+                "is named like an expert's: <block>.experts.<number>.<weight>, or <block>.experts.<weight> of them all"
             )
         return layout
 
@@ -121,7 +122,8 @@ class Layout:
 class _Search:
     """The search for MoE layers in one checkpoint's names and shapes.
 
-    `rows` is the length of a router's expert axis: the experts, and whatever else the router scores.
+    `rows` is what a router scores: the experts, and whatever else. Its tensors have one entry for each of `rows`, or one
+    for each expert.
     """
 
     checkpoint: Checkpoint
@@ -139,8 +141,9 @@ class _Search:
             if match := EXPERT.fullmatch(name):
                 single[match["block"]][int(match["expert"])].append(name)
             elif match := FUSED.fullmatch(name):
-                kind = bare if _is_vector(entry, self.rows) else fused
-                kind[match["block"]].append(name)
+                if not self._is_copied(f"experts.{match['rest']}"):
+                    kind = bare if self._is_vector(name) else fused
+                    kind[match["block"]].append(name)
             else:
                 for rest in self.family.fused:
                     if name.endswith("." + rest) and len(entry.shape) == 3:
@@ -155,9 +158,13 @@ class _Search:
         for block in blocks:
             index, mtp = self._place(block)
             router = [(name, self._axis(name)) for name in (*self._router(block, below[block]), *bare[block])]
-            if not any(len(self.checkpoint.tensors[name].shape) > 1 for name, _ in router):
+            matrices = [name for name, _ in router if not self._is_vector(name)]
+            if not matrices:
+                raise self._refusal(f"has experts at {block}, but no router weight of {self.rows} rows beside them")
+            if len(matrices) > 1:
                 raise self._refusal(
-                    f"has experts at {block}, but no router weight with an axis of {self.rows} beside them"
+                    f"has more than one router weight at {block} with an axis of {self.num_experts} "
+                    f"({', '.join(matrices)}): which of them counts the experts cannot be seen"
                 )
             per_expert = tuple(tuple(single[block][expert]) for expert in sorted(single[block]))
             whole = tuple(name for name in fused[block] if not _is_scalar(self.checkpoint.tensors[name]))
@@ -170,7 +177,16 @@ class _Search:
         return ValueError(f'{self.checkpoint.folder}: "{self.family.model_type}" {reason}')
 
     def _axis(self, name: str) -> int:
-        return self.checkpoint.tensors[name].shape.index(self.rows)
+        shape = self.checkpoint.tensors[name].shape
+        return next(axis for axis, size in enumerate(shape) if size in (self.rows, self.num_experts))
+
+    def _is_vector(self, name: str) -> bool:
+        """[N], [1, N], ...: one number an expert, along one axis."""
+        shape = self.checkpoint.tensors[name].shape
+        return len(shape) > 0 and max(shape) == math.prod(shape) in (self.rows, self.num_experts)
+
+    def _is_copied(self, rest: str) -> bool:
+        return any(rest == module or rest.startswith(f"{module}.") for module in self.family.copied)
 
     def _check_fused(self, names: Iterable[str]) -> None:
         for name in names:
@@ -187,7 +203,7 @@ class _Search:
         beyond = sorted(set(experts) - set(range(self.num_experts)))
         if beyond:
             raise self._refusal(
-                f"has {self.num_experts} experts by config.json, but {block} holds an expert {beyond[-1]}"
+                f"has {self.num_experts} experts by config.json, but {block} holds one of number {beyond[-1]}"
             )
         if missing:
             raise self._refusal(
@@ -216,18 +232,16 @@ class _Search:
         return below
 
     def _router(self, block: str, names: list[str]) -> Iterator[str]:
-        whole_layer = bool(
-            re.search(r"\.\d+$", block)
-        )  # the experts stand in the decoder layer itself, beside its norms
+        whole_layer = bool(re.search(r"\.\d+$", block))  # the experts stand in the decoder layer itself
         for name in names:
             shape = self.checkpoint.tensors[name].shape
             rest = name[len(block) + 1 :]
             module, _, parameter = rest.partition(".")
             if "tid2eid" in rest:
                 raise self._refusal(f"is hash-routed at {block} ({name}): its experts cannot be pruned")
-            if rest in self.family.fused or SHARED.match(module) or module in self.family.copied:
+            if rest in self.family.fused or SHARED.match(module) or self._is_copied(rest):
                 continue
-            if self.rows not in shape:
+            if self.rows not in shape and self.num_experts not in shape:
                 continue
             own = not parameter  # the block's own parameter, such as a correction bias outside the gate
             routes = module in ROUTER_MODULES or "router" in module or (own and not whole_layer)
@@ -235,22 +249,21 @@ class _Search:
                 continue
             if not routes:
                 raise self._refusal(
-                    f"has {name} of shape {list(shape)} beside its experts, with an axis of their number {self.rows}: "
-                    "whether that is a coincidence cannot be seen, so it needs an entry in gatewright.tools.prune.families"
+                    f"has {name} of shape {list(shape)} beside its experts, with an axis of their number: whether that is "
+                    "a coincidence cannot be seen, so the family needs an entry in gatewright.tools.prune.families"
                 )
             if self._is_ambiguous(name, parameter or rest):
                 raise self._refusal(
-                    f"has {name} of shape {list(shape)} in its router: which axis counts the {self.rows} experts, or "
-                    "whether one does, cannot be seen"
+                    f"has {name} of shape {list(shape)} in its router: which axis counts the {self.num_experts} "
+                    "experts, or whether one does, cannot be seen"
                 )
             yield name
 
     def _is_ambiguous(self, name: str, parameter: str) -> bool:
         """Whether an axis as long as there are experts may be another one."""
-        entry = self.checkpoint.tensors[name]
-        if _is_vector(entry, self.rows):
-            return self.rows == self.hidden and not re.search("bias|expert|correction", parameter)
-        before = entry.shape[: self._axis(name)]
+        if self._is_vector(name):
+            return self.hidden in (self.rows, self.num_experts) and not re.search("bias|expert|correction", parameter)
+        before = self.checkpoint.tensors[name].shape[: self._axis(name)]
         return any(size not in (1, self.hidden) for size in before)
 
     def _place(self, block: str) -> tuple[int, bool]:
@@ -258,8 +271,8 @@ class _Search:
         match = LAYER.match(block)
         if match is None:
             raise self._refusal(
-                f"has experts at {block}, in no numbered layer: experts that layers share (tied experts) cannot be pruned "
-                "layer by layer"
+                f"has experts at {block}, in no numbered layer: experts that layers share (tied experts) cannot be "
+                "pruned layer by layer"
             )
         index = int(match["index"])
         if MTP.search(block):
@@ -289,11 +302,6 @@ class _Search:
                     )
 
 
-def _is_vector(entry: TensorEntry, length: int) -> bool:
-    """[N], [1, N], ...: as many numbers as there are experts, along one axis."""
-    return length in entry.shape and math.prod(entry.shape) == length
-
-
 def _is_scalar(entry: TensorEntry) -> bool:
     return math.prod(entry.shape) == 1
 
@@ -306,8 +314,8 @@ def _unnumbered(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _is_mtp(name: str, num_layers: int | None) -> bool:
+def _is_mtp(name: str, roots: set[str], num_layers: int | None) -> bool:
     if MTP.search(name):
         return True
     match = LAYER.match(name)
-    return bool(match) and num_layers is not None and "vision" not in name and int(match["index"]) >= num_layers
+    return bool(match) and match["root"] in roots and num_layers is not None and int(match["index"]) >= num_layers
