@@ -20,6 +20,9 @@ class Memory:
         projection: the linear layer between the experts' output and the residual stream.
         post_norms: norms that the routed output goes through, alone or with the shared expert's.
         zero_gate_is_none: a pair of gate 0 is a skipped token, not expert 0.
+        extra_rows: trailing rows of the router's tensors that are no experts and always stay: a number, or the name of
+            the router's attribute that tells it.
+        gives_probabilities: the router's first output holds probabilities in the place of logits.
     """
 
     stack: str = ""
@@ -31,6 +34,8 @@ class Memory:
     projection: str = ""
     post_norms: tuple[str, ...] = ()
     zero_gate_is_none: bool = False
+    extra_rows: int | str = 0
+    gives_probabilities: bool = False
 
     def in_stack(self, name: str) -> bool:
         return self.stack in name
@@ -41,11 +46,15 @@ MEMORY: dict[str, Memory] = {
     "axk1": Memory(post_norms=("block.post_mlp_layernorm",)),
     "beam": Memory(gate_factors=("block.routed_scaling_factor",), post_norms=("layer.post_feedforward_layernorm",)),
     "flex_olmo": Memory(residual="block_input", post_norms=("layer.post_feedforward_layernorm",)),
-    "gemma4": Memory(post_norms=("layer.post_feedforward_layernorm_2", "layer.post_feedforward_layernorm")),
+    "gemma4": Memory(
+        gives_probabilities=True,
+        post_norms=("layer.post_feedforward_layernorm_2", "layer.post_feedforward_layernorm"),
+    ),
     "granitemoe": Memory(residual_factors=("layer.residual_multiplier",)),
     "granitemoe_swa": Memory(residual_factors=("layer.residual_multiplier",)),
     "granitemoehybrid": Memory(residual_factors=("layer.residual_multiplier",)),
     "granitemoeshared": Memory(residual_factors=("layer.residual_multiplier",)),
+    "inkling_mm_model": Memory(extra_rows="n_shared_experts"),
     "inkling2": Memory(norm="post_attention_layernorm"),
     "kolibri1": Memory(post_norms=("layer.post_mlp_layernorm",)),
     "laguna": Memory(gate_factors=("block.routed_scaling_factor",)),
@@ -59,9 +68,10 @@ MEMORY: dict[str, Memory] = {
     "nemotron_h": Memory(projection="block.fc2_latent_proj"),
     "openai_privacy_filter": Memory(gate_factors=("block.num_experts",)),
     "qwen4_exp": Memory(residual="block_input"),
-    "zaya": Memory(zero_gate_is_none=True),
+    "zaya": Memory(zero_gate_is_none=True, extra_rows=1),
 }
 
 
 def memory_of(model_type: str) -> Memory:
-    return MEMORY.get(model_type) or MEMORY.get(model_type.removesuffix("_text"), Memory())
+    """The family's entry, or the common shape's."""
+    return MEMORY.get(model_type) or MEMORY.get(model_type.removesuffix("_text")) or Memory()

@@ -224,8 +224,8 @@ class _LayerListener:
 
     def _router_ran(self, module: nn.Module, args: tuple, output: Any) -> None:
         scores_TE, logits_TE = output
-        index_TK = logits_TE.topk(self.block.top_k, dim=-1).indices
-        index_TK = index_TK.clamp_max(scores_TE.shape[1] - 1)
+        # a score of 0 is that of an expert that was not chosen
+        index_TK = scores_TE.topk(min(self.block.top_k, scores_TE.shape[1]), dim=-1).indices
         self.routing = (index_TK, scores_TE.gather(1, index_TK))
 
     def _experts_ran(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -256,17 +256,19 @@ class _LayerListener:
     @torch.no_grad()
     def _observation(self) -> LayerObservation:
         block, memory = self.block, self.block.memory
-        x_TD, index_TK, gate_TK = (part.detach() for part in self.call)
-        mlp_input = self.block_input if self.block_input is not None else x_TD
+        mlp_input = self.block_input if self.block_input is not None else self.call[0]
         before = self._residual(mlp_input).detach()
+        x_TD, index_TK, gate_TK = (part.detach() for part in self.call)
         inner = math.prod(float(_resolve(block, path)) for path in memory.gate_factors)
         outer = math.prod(float(_resolve(block, path)) for path in memory.residual_factors)
         project = _linear_part(_resolve(block, memory.projection)) if memory.projection else None
         if block.runs_all_experts:
-            rows_ETD = self.routed.detach().view(block.experts.gate_up_proj.shape[0], -1, self.routed.shape[-1])
+            rows_ETD = self.routed.detach().view(-1, len(index_TK), self.routed.shape[-1])
             routed_TD = rows_ETD.sum(0)
             token = torch.arange(len(index_TK), device=index_TK.device)[:, None]
             norm_TK = rows_ETD[index_TK, token].float().norm(dim=-1) / gate_TK.float().clamp_min(1e-38)
+            if (kept := getattr(block.router, "kept_experts", None)) is not None:  # masked: rows of the kept ones alone
+                index_TK = kept[index_TK]
         else:
             routed_TD = self.routed.detach().flatten(0, -2)
             norm_TK = _output_norms(block.experts, x_TD, index_TK, gate_TK.dtype, project, self.factor)
@@ -348,7 +350,9 @@ def _block(name: str, holder: nn.Module, modules: dict[str, nn.Module], memory: 
         raise ValueError(f"{kind}: the MoE block {name} has no module called {' or '.join(ROUTER_NAMES)}")
     router, experts = getattr(holder, router_name), holder.experts
     if getattr(experts, "_is_expert_parallel", False):
-        raise ValueError(f"{kind}: the experts of {name} are spread over devices: load the model without expert parallelism")
+        raise ValueError(
+            f"{kind}: the experts of {name} are spread over devices: load the model without expert parallelism"
+        )
     if hasattr(router, "tid2eid"):
         raise ValueError(
             f"{kind}: layer {parts[places[-1]]} is hash-routed (a table from token ids to experts): "
