@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if chosen is None:
         print("\nrefused")
         for name, reason in REFUSED.items():
-            print(f"{name:{width}}  {reason}")
+            print(f"{name:{max(map(len, REFUSED))}}  {reason}")
         print(
             "\nother model types are found by shape; `gatewright prune inspect MODEL` says whether that leaves a doubt"
         )
