@@ -48,8 +48,14 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out} is a file: choose a new folder")
 
 
-def write_export(out: Path, state: Mapping[str, Tensor], run: Run, source: Source) -> None:
-    """Writes a checked state dict and what rebuilds its model; ``out`` is there whole or not at all."""
+def write_export(
+    out: Path, state: Mapping[str, Tensor], run: Run, source: Source, *, notes: Mapping[str, str] | None = None
+) -> None:
+    """Writes a checked state dict and what rebuilds its model; ``out`` is there whole or not at all.
+
+    Args:
+        notes: texts that go along, by file name.
+    """
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
@@ -58,6 +64,8 @@ def write_export(out: Path, state: Mapping[str, Tensor], run: Run, source: Sourc
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / WEIGHTS, {"format": "pt"})
         flush_to_disk(partial / WEIGHTS)
         write_text(partial / CONFIG, description(run, source))
+        for name, text in (notes or {}).items():
+            write_text(partial / name, text)
         shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets nobody else read what it writes
         os.replace(partial, out)
         flush_to_disk(out.parent)

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from gatewright.kernels.attention import AttentionWeights
 from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer
 from gatewright.routers import Routing, TokenContext, create_router, router_options
+from gatewright.tools.prune.restriction import leave_out
 from gatewright.tools.weights import load_model
 
 from .dit_config import DiTConfig
@@ -82,11 +83,13 @@ class DiT(nn.Module):
             return FeedForward(ExpertSpec(config.dim, config.hidden, ACTIVATION, bias=True))
         spec = ExpertSpec(config.dim, config.expert_hidden, ACTIVATION, bias=True)
         torch.manual_seed(named_seed(seed, f"blocks.{index}.mlp.router"))  # a router draws from the global generator
-        count = config.experts_per_block[config.moe_blocks.index(index)]
-        sizes = {"dim": config.dim, "num_experts": count, "top_k": config.top_k}
+        place = config.moe_blocks.index(index)
+        sizes = {"dim": config.dim, "num_experts": config.experts_per_block[place], "top_k": config.top_k}
         if "top_k" not in router_options(config.router):
             del sizes["top_k"]
         router = create_router(config.router, **sizes, **config.router_options)
+        if config.kept_experts:
+            leave_out(router, config.kept_experts[place])
         shared = FeedForward(spec) if config.shared_expert else None
         return layer_factory(router, spec, shared=shared, parallel=parallel, seed=seed, layer=index)
 
@@ -303,7 +306,8 @@ def count_parameters(config: DiTConfig) -> ParameterCount:
     idle = 0
     for index in config.moe_blocks:
         layer = model.blocks[index].mlp
-        idle += (layer.router.bank_size - config.top_k) * layer.spec.num_parameters
+        there = sum(kind in ("routed", "local") for kind in layer.router.expert_kinds)
+        idle += max(0, there - config.top_k) * layer.spec.num_parameters
     return ParameterCount(total, int(total - idle))
 
 

@@ -37,6 +37,7 @@ KINDS = {
     str: str,
     tuple[int, int, int]: tuple,
     int | tuple[int, ...]: int | tuple,
+    tuple[tuple[int, ...], ...]: tuple,
     Mapping[str, Any]: Mapping,
 }
 
@@ -60,6 +61,8 @@ class DiTConfig:
         router_options: besides dim, num_experts and top_k.
         num_experts: routed experts of a layer, or of each MoE block in order, as pruning may leave them. 0 where dense,
             as the three below.
+        kept_experts: of each MoE block, the experts that are there, where pruning removed the others and left the
+            router as it was: their tokens get nothing from them. Empty = all are there.
         top_k: experts a token (on average, for some routers); not for routers that have no such option.
         expert_hidden: hidden width of an expert, the shared one included.
         shared_expert: whether one more expert runs on every token.
@@ -82,6 +85,7 @@ class DiTConfig:
     router: str = DENSE
     router_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_experts: int | tuple[int, ...] = 0
+    kept_experts: tuple[tuple[int, ...], ...] = ()
     top_k: float = 0
     expert_hidden: int = 0
     shared_expert: bool = False
@@ -115,7 +119,8 @@ class DiTConfig:
 
     def _check_experts(self) -> None:
         if self.router == DENSE:
-            set_values = [n for n in ("num_experts", "top_k", "expert_hidden", "shared_expert") if getattr(self, n)]
+            names = ("num_experts", "kept_experts", "top_k", "expert_hidden", "shared_expert")
+            set_values = [name for name in names if getattr(self, name)]
             if set_values or self.router_options:
                 given = ", ".join([*set_values, *["router_options"] * bool(self.router_options)])
                 raise ValueError(f'router="dense" has no experts: leave out {given}, or name a router')
@@ -136,6 +141,13 @@ class DiTConfig:
             raise ValueError(
                 f"num_experts={self.num_experts}, top_k={self.top_k}, expert_hidden={self.expert_hidden}: "
                 "all must be positive, and top_k at most num_experts"
+            )
+        if self.kept_experts and (
+            len(self.kept_experts) != len(self.moe_blocks)
+            or not all(isinstance(ids, tuple) and all(isinstance(i, int) for i in ids) for ids in self.kept_experts)
+        ):
+            raise ValueError(
+                f"kept_experts={self.kept_experts}: give a list of ids for each of {len(self.moe_blocks)} MoE blocks"
             )
         if self.top_k == int(self.top_k):
             object.__setattr__(self, "top_k", int(self.top_k))  # routers that count experts a token want a whole number
@@ -177,8 +189,7 @@ class DiTConfig:
         return self.router_options.get("prediction_dim") is not None
 
     def as_dict(self) -> dict[str, Any]:
-        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, tuple)}
-        return {**dataclasses.asdict(self), **lists}
+        return {name: _as_lists(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DiTConfig":
@@ -194,8 +205,8 @@ class DiTConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"the DiT configuration lacks {', '.join(missing)}")
-        tuples = {n: tuple(values[n]) for n in ("input_shape", "num_experts") if isinstance(values.get(n), list)}
-        return cls(**{**values, **tuples})
+        names = ("input_shape", "num_experts", "kept_experts")
+        return cls(**{**values, **{name: _as_tuples(values[name]) for name in names if name in values}})
 
 
 _BODY = {
@@ -252,6 +263,14 @@ def _router_options(router: str, values: dict[str, Any]) -> dict[str, Any]:
     if router == "race":
         return {"prediction_dim": values["patch"] ** 2 * values["input_shape"][0]}
     return {}
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def _suggest(given: str, known: Any) -> str:

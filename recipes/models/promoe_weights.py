@@ -207,8 +207,8 @@ def to_released(state: Mapping[str, Tensor], config: DiTConfig) -> dict[str, Ten
     """
     if config.router not in ("promoe", DENSE):
         raise ValueError(f'the released code has names for routers "promoe" and "dense", not for "{config.router}"')
-    if isinstance(config.num_experts, tuple):
-        raise ValueError(f"num_experts={config.num_experts}: the released code has as many experts in every layer")
+    if isinstance(config.num_experts, tuple) or config.kept_experts:
+        raise ValueError("the released code has the same experts in every layer, and this pruned model has not")
     back = {ours: theirs for theirs, ours in RENAMED.items()}
     released = {}
     for name, tensor in state.items():

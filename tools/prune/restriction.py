@@ -3,16 +3,17 @@
     small = restrict(router, keep)                       a router of len(keep) routed experts
     with masked(model, {1: (0, 3), 3: (1, 2, 5)}):       ids as before, and only kept experts chosen
         y, routings = model(...)
+    leave_out(router, keep)                              as before, but a removed expert adds nothing
 
 ``restrict`` makes the router again with fewer experts and slices its state. Which tensors have an expert axis is seen
 in what the two constructions do not have in common, so that no tensor's name is listed. What the small router means:
 
-    token or segment choice    logits of the kept experts alone, and then everything as before: the softmax is over them,
-                               the K best of them are taken, weights are renormalised where they were
-    expert choice              the kept experts take their tokens, top_k a token on average as before, so that each takes
-                               more; learned thresholds stay each expert's own
-    pool (Expert Race)         the threshold stays: a token may have fewer experts than before, or none
-    ids that are not routed    local, zero, copy and constant experts stay, with their columns
+    token or segment choice   logits of the kept experts alone, and then everything as before: the softmax is over them,
+                              the K best of them are taken, weights are renormalised where they were
+    expert choice             the kept experts take their tokens, top_k a token on average as before, so that each takes
+                              more; learned thresholds stay each expert's own
+    pool (Expert Race)        the threshold stays: a token may have fewer experts than before, or none
+    ids that are not routed   local, zero, copy and constant experts stay, with their columns
 
 ``masked`` is what pruned files are held to, bit for bit: the bank is whole, and decisions are those of the restricted
 router in the ids of the whole one. (Its logits are the kept columns of the whole router's up to rounding: a product
@@ -40,13 +41,14 @@ FIXED = {
 }
 
 
-def restrict(router: Router, keep: Sequence[int], *, ungroup: bool = False) -> Router:
+def restrict(router: Router, keep: Sequence[int], *, ungroup: bool = False, top_k: float | None = None) -> Router:
     """A router that has the kept experts alone, renumbered in order.
 
     Args:
         router: of any family that can be restricted.
         keep: ascending places among its routed experts.
         ungroup: drop the router's groups of experts where it has some, so that any experts may be kept.
+        top_k: experts a token from now on; None as before.
 
     Raises:
         ValueError: a router that cannot be restricted, by name with the reason; experts that it does not have; fewer
@@ -57,7 +59,7 @@ def restrict(router: Router, keep: Sequence[int], *, ungroup: bool = False) -> R
     _refuse_fixed(router, name)
     if router.expert_kinds[: router.num_experts] != ("routed",) * router.num_experts:
         raise ValueError(f'router "{name}" has other experts before its routed ones: it cannot be restricted')
-    changes = other_options(router, ungroup=ungroup)
+    changes = other_options(router, ungroup=ungroup, top_k=top_k)
     if "num_groups" not in changes:
         _check_groups(router, name, keep)
     options = {**options, "num_experts": len(keep), **changes}
@@ -81,9 +83,9 @@ def restrict(router: Router, keep: Sequence[int], *, ungroup: bool = False) -> R
     return small.train(router.training)
 
 
-def other_options(router: Router, *, ungroup: bool = False) -> dict[str, int]:
+def other_options(router: Router, *, ungroup: bool = False, top_k: float | None = None) -> dict[str, float]:
     """What a restricted router's options differ in, besides ``num_experts``."""
-    changes = {}
+    changes = {} if top_k is None else {"top_k": top_k}
     if ungroup and getattr(router, "num_groups", 1) > 1:
         changes |= {"num_groups": 1, "top_groups": 1}
     if "identity_experts" in router.options:
@@ -122,9 +124,14 @@ def checked_keep(keep: Sequence[int], experts: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def masked(
-    model: nn.Module, keep: Mapping[int, Sequence[int]], mode: str = "reroute", *, ungroup: bool = False
+    model: nn.Module,
+    keep: Mapping[int, Sequence[int]],
+    mode: str = "reroute",
+    *,
+    ungroup: bool = False,
+    top_k: float | None = None,
 ) -> Iterator[nn.Module]:
-    """The model as if it had the kept experts alone; nothing is copied but the routers, and all is as before afterwards.
+    """The model as if it had the kept experts alone; only routers are copied, and afterwards all is as before.
 
     Args:
         model: with MoE layers, all experts on this process.
@@ -132,7 +139,7 @@ def masked(
             named keep all.
         mode: "reroute": tokens choose among the kept experts. "no-reroute": they choose among all, and what a removed
             expert would add is missing.
-        ungroup: see ``restrict``.
+        ungroup, top_k: see ``restrict``; of no effect without rerouting.
 
     Raises:
         ValueError: an unknown mode or layer, or a router that cannot be restricted.
@@ -149,7 +156,7 @@ def masked(
         try:
             kept = checked_keep(kept, router.num_experts)
             decide = (
-                _restricted(router, restrict(router, kept, ungroup=ungroup), kept)
+                _restricted(router, restrict(router, kept, ungroup=ungroup, top_k=top_k), kept)
                 if mode == "reroute"
                 else _without_removed(router, kept)
             )
@@ -230,6 +237,22 @@ def _without_removed(router: Router, keep: tuple[int, ...]):
         )
 
     return decide
+
+
+def leave_out(router: Router, keep: Sequence[int]) -> Router:
+    """Makes the removed experts' ids "zero" ones, in place: the router decides as before, and a token that goes there
+    gets nothing. A ``MoELayer`` built on it has bank rows for the kept experts alone, and answers as the whole one
+    masked with ``mode="no-reroute"``.
+
+    Raises:
+        ValueError: experts that it does not have, or a router that sends no token to an expert.
+    """
+    keep = set(checked_keep(keep, router.num_experts))
+    if router.selection == "slot":
+        raise ValueError(f'router "{router.name}" sends no token to an expert: nothing can be left out')
+    kinds = enumerate(router.expert_kinds)
+    router.expert_kinds = tuple("zero" if kind == "routed" and i not in keep else kind for i, kind in kinds)
+    return router
 
 
 def _options(router: Router) -> dict:

@@ -107,6 +107,8 @@ def test_tiny_takes_the_patch_from_the_picture():
         ("tiny", "promoe", {"num_experts": (4, 0, 2)}, "num_experts"),
         ("tiny", "promoe", {"num_experts": (4, 1, 2), "top_k": 2}, "top_k at most num_experts"),
         ("tiny", "promoe", {"num_experts": (4, 2.0, 2)}, "num_experts"),
+        ("tiny", "promoe", {"kept_experts": ((1, 2), (0,))}, "give a list of ids for each of 3 MoE blocks"),
+        ("tiny", "promoe", {"kept_experts": (1, 2, 3)}, "give a list of ids for each of 3 MoE blocks"),
         ("tiny", "dense", {"num_experts": 4}, "leave out num_experts"),
         ("tiny", "dense", {"router_options": {"gate": "identity"}}, "leave out router_options"),
         ("tiny", "dense", {"input_shape": (28, 28)}, "input_shape"),
@@ -125,6 +127,20 @@ def test_blocks_may_have_different_numbers_of_experts():
     assert DiTConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
     assert [len(DiT(config).blocks[index].mlp.experts.ids) for index in config.moe_blocks] == [6, 3, 4]
     assert dit_config("tiny", "promoe", num_experts=(3, 3, 3)) == dit_config("tiny", "promoe", num_experts=3)
+
+
+def test_experts_that_are_gone_hold_no_row():
+    kept = ((0, 5), (1, 2, 3), (4,))
+    config = dit_config("tiny", "promoe", kept_experts=kept)
+    assert DiTConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    model = DiT(config)
+    for ids, index in zip(kept, config.moe_blocks, strict=True):
+        layer = model.blocks[index].mlp
+        assert layer.experts.ids == list(ids) and len(layer.experts.w1) == len(ids)
+        assert layer.router.prototypes.shape[0] == 6 and layer.local_experts.ids == [6]
+    fewer = count_parameters(dit_config("tiny", "promoe")).total - count_parameters(config).total
+    assert fewer == (18 - 6) * model.blocks[1].mlp.spec.num_parameters
+    assert count_parameters(config).activated == count_parameters(dit_config("tiny", "promoe")).activated
 
 
 def test_a_whole_top_k_is_an_integer():

@@ -9,7 +9,7 @@ from gatewright.kernels.cosine import cosine
 from gatewright.moe import ExpertSpec, MoELayer
 from gatewright.routers import create_router, list_routers
 from gatewright.routers.base import router_class, router_options
-from gatewright.tools.prune.restriction import FIXED, masked, restrict, slice_experts
+from gatewright.tools.prune.restriction import FIXED, leave_out, masked, restrict, slice_experts
 
 DIM, EXPERTS, KEEP = 16, 6, (1, 2, 3, 5)
 ROUTERS = sorted(list_routers())
@@ -110,6 +110,11 @@ def test_without_rerouting_a_removed_expert_adds_nothing(name):
         with masked(layer, {1: KEEP}, "no-reroute"):
             found, routing = layer(x, context)
         whole, _ = layer(x, context)
+    state, small = layer.state_dict(), layer_of(leave_out(made(name)[0], KEEP))
+    for entry, tensor in small.state_dict().items():
+        tensor.copy_(state[entry][list(KEEP)] if entry.startswith("experts.") else state[entry])
+    with torch.no_grad():
+        assert torch.equal(small(x, context)[0], found), "a bank of the kept experts alone"
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert not set(routing.as_list()[1].tolist()) & set(removed)
     if name not in ("race", "union"):
@@ -213,6 +218,8 @@ def test_refusals():
         restrict(made("moe_plus_plus", residual=True)[0], KEEP)
     with pytest.raises(ValueError, match="gate.* becomes .*refused|becomes 64 where|refused"):
         restrict(made("moe_plus_plus", gate="mlp")[0], KEEP)
+    with pytest.raises(ValueError, match="sends no token to an expert"):
+        leave_out(made("soft_moe")[0], KEEP)
     layer = layer_of(router)
     for keep, mode, message in (
         ({0: KEEP}, "reroute", "layer 0 has no experts"),
