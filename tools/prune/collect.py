@@ -52,7 +52,7 @@ TOKEN_WEIGHTS = ("residual", "mlp_input", "none")
 PER_DEMO = ("sum", "mean-per-demo")
 OVER = ("all", "answer")
 _COSINE_NUMBERS = 1 << 24  # of hidden states turned into float64 at a time
-_TOKENS_AT_ONCE = 65536
+TOKENS_AT_ONCE = 65536
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def collect(
     options: Options | None = None,
     folder: str | Path | None = None,
     journal: str | Path | None = None,
-    tokens_at_once: int = _TOKENS_AT_ONCE,
+    tokens_at_once: int = TOKENS_AT_ONCE,
     progress: bool = True,
 ) -> Statistics | None:
     """Runs the demonstrations through a model and adds up what its experts did.
@@ -311,7 +311,7 @@ class _Walk:
     def layer_by_layer(
         self, model: LayerwiseModel, demos: Sequence[Demo], tokens_at_once: int, parts: _Parts, for_weights: bool
     ) -> None:
-        groups = list(_groups(demos, tokens_at_once))
+        groups = list(groups_of(demos, tokens_at_once))
         blocks = {block.layer: block for block in moe_blocks(model.model)}
         ratios: dict[int, np.ndarray | None] = {}
         start, done = time.monotonic(), 0
@@ -346,7 +346,7 @@ class _Walk:
             bar.write(f"{what} took {duration(took)}; the rest needs about {duration(rest)}", file=sys.stderr)
 
 
-def _groups(demos: Sequence[Demo], tokens: int) -> Iterator[list[Demo]]:
+def groups_of(demos: Sequence[Demo], tokens: int) -> Iterator[list[Demo]]:
     """Runs of demonstrations of at most so many tokens together, at least one in each."""
     group: list[Demo] = []
     for demo in demos:
@@ -485,6 +485,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a checkpoint's folder, or a run of this library")
     parser.add_argument("--out", type=Path, required=True, metavar="STATS", help="the new file of statistics")
     demos_module.add_arguments(parser)
+    demos_module.add_answer_arguments(parser)
     what = parser.add_argument_group("statistics")
     what.add_argument("--token-weight", choices=TOKEN_WEIGHTS, default="residual", help="the states that s compares")
     what.add_argument("--per-demo", choices=PER_DEMO, default="sum", help="add tokens, or each demonstration's mean")
@@ -497,23 +498,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="another sum of g^a |u|^b s^c; may be repeated",
     )
+    how = add_model_arguments(parser)
+    how.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> Any:
+    """How a checkpoint is loaded and run."""
     how = parser.add_argument_group("how the model runs")
-    add_model_arguments(how)
+    how.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the weights; auto is as stored")
+    how.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     how.add_argument("--layerwise", action="store_true", help="one decoder layer's weights in memory at a time")
     how.add_argument(
         "--tokens-at-once",
         type=int,
-        default=_TOKENS_AT_ONCE,
+        default=TOKENS_AT_ONCE,
         metavar="N",
         help="with --layerwise: tokens whose hidden states are held; more read the checkpoint less often",
     )
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    return how
 
 
-def add_model_arguments(group: Any) -> None:
-    """How a checkpoint is loaded."""
-    group.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the weights; auto is as stored")
-    group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+def open_model(args: argparse.Namespace) -> nn.Module | LayerwiseModel:
+    """The model as the command says."""
+    if args.tokens_at_once < 1:
+        raise ValueError(f"--tokens-at-once {args.tokens_at_once}: it must be at least 1")
+    device = pick_device(args.device)
+    if args.layerwise:
+        return LayerwiseModel.open(args.model, dtype=args.dtype, device=device)
+    return load_model(args.model, dtype=args.dtype, device=device)
 
 
 def _exponents(text: str) -> tuple[float, float, float]:
@@ -527,20 +539,11 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     if is_run_folder(args.model):
         return _run_own(args)
-    if args.tokens_at_once < 1:
-        raise ValueError(f"--tokens-at-once {args.tokens_at_once}: it must be at least 1")
     options = Options(
         token_weight=args.token_weight, per_demo=args.per_demo, over=args.over, exponents=tuple(args.exponents)
     )
     rank, _, group = _processes()
-    device = pick_device(args.device)
-
-    def load() -> nn.Module | LayerwiseModel:
-        if args.layerwise:
-            return LayerwiseModel.open(args.model, dtype=args.dtype, device=device)
-        return load_model(args.model, dtype=args.dtype, device=device)
-
-    demos, model = load_demos(args, load, group=group, rank=rank)
+    demos, model = load_demos(args, lambda: open_model(args), group=group, rank=rank)
     if rank == 0:
         for warning in short_data(demos):
             _say(f"warning: {warning}")
@@ -577,7 +580,7 @@ def load_demos(
     missing = [line for line in lines if line.missing]
     for line in missing:
         demos_module.prompt_tokens(line, tokenizer, template=template)
-    endpoint = endpoint_of(args, tokenizer) if missing else None
+    endpoint = endpoint_of(args, tokenizer)
     if missing and endpoint is None and args.layerwise:
         raise ValueError(
             f"{missing[0].where}: no answer, and a model that is loaded layer by layer is too slow to write one: name "
@@ -625,13 +628,7 @@ def summary(file: Path, statistics: Statistics) -> str:
 def _run_own(args: argparse.Namespace) -> int:
     from . import runs
 
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    usual = vars(parser.parse_args([str(args.model), "--demos", "demos.jsonl", "--out", "stats"]))
-    changed = [name for name in usual if getattr(args, name) != usual[name]]
-    for name in changed:
-        if name not in ("model", "out", "demos", "domain", "quiet"):
-            raise ValueError(f"--{name.replace('_', '-')} is for checkpoints of transformers; {args.model} is a run")
+    refuse_changed(args, add_arguments, ["--demos", "-", "--out", "-"], ("out", "demos", "domain", "quiet"))
     if len(args.demos) != 1 or len(args.domain) > 1:
         raise ValueError("a run of this library takes one file of --demos, and at most one --domain")
     statistics = runs.collect(
@@ -640,6 +637,24 @@ def _run_own(args: argparse.Namespace) -> int:
     statistics.save(args.out)
     print(summary(args.out, statistics))
     return 0
+
+
+def refuse_changed(
+    args: argparse.Namespace,
+    add: Callable[[argparse.ArgumentParser], None],
+    required: Sequence[str],
+    allowed: Sequence[str],
+) -> None:
+    """Nothing is ignored in silence: options that only checkpoints have are refused for a run of this library.
+
+    Raises:
+        ValueError: one that is not allowed was given.
+    """
+    parser = argparse.ArgumentParser()
+    add(parser)
+    for name, usual in vars(parser.parse_args(["-", *required])).items():
+        if name not in ("model", *allowed) and getattr(args, name) != usual:
+            raise ValueError(f"--{name.replace('_', '-')} is for checkpoints of transformers; {args.model} is a run")
 
 
 def _check_out(out: Path) -> None:

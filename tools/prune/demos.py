@@ -649,11 +649,12 @@ def _read_answers(file: Path) -> dict[str, dict[str, Any]]:
 # the command line
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, flag: str = "--demos") -> None:
     """What every command that reads demonstrations takes."""
-    group = parser.add_argument_group("demonstrations")
+    group = parser.add_argument_group("demonstrations" if flag == "--demos" else "data")
     group.add_argument(
-        "--demos",
+        flag,
+        dest="demos",
         type=Path,
         action="append",
         required=True,
@@ -670,6 +671,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-demos", type=int, metavar="N", help="the first N of each domain")
     group.add_argument("--truncate", action="store_true", help="cut what is longer than the context, not refuse it")
     group.add_argument("--no-template", action="store_true", help="no chat template around prompt and answer")
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who writes missing answers."""
     answers = parser.add_argument_group("missing answers")
     answers.add_argument("--endpoint", metavar="URL", help="a server with OpenAI's protocol: http://localhost:8000/v1")
     answers.add_argument("--endpoint-model", metavar="NAME", help="what the server calls the model")
@@ -685,8 +690,6 @@ def lines_of(args: argparse.Namespace) -> list[Line]:
     """The lines that the command names, at most ``--max-demos`` a domain."""
     if args.max_demos is not None and args.max_demos < 1:
         raise ValueError(f"--max-demos {args.max_demos}: it must be at least 1")
-    if (args.endpoint is None) != (args.endpoint_model is None):
-        raise ValueError("--endpoint and --endpoint-model go together")
     return first_of_each(read_lines(pair_domains(args.demos, args.domain)), args.max_demos)
 
 
@@ -703,6 +706,8 @@ def first_of_each(lines: Sequence[Line], number: int | None) -> list[Line]:
 
 def endpoint_of(args: argparse.Namespace, tokenizer: Any) -> Endpoint | None:
     """The server that the command names, if any."""
+    if (args.endpoint is None) != (args.endpoint_model is None):
+        raise ValueError("--endpoint and --endpoint-model go together")
     if args.endpoint is None:
         return None
     return Endpoint(

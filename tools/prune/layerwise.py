@@ -41,12 +41,14 @@ class LayerwiseModel:
     Attributes:
         model: of transformers; its layers' parameters are on the meta device except while they run.
         layers: the decoder layers, in order.
+        outputs: of the last ``run``: what the model without its head gave for each sequence.
     """
 
     def __init__(
         self, model: nn.Module, *, stack: str, load_config: Any, files: Mapping[str, Path], device: torch.device
     ) -> None:
         self.model, self.device = model, device
+        self.outputs: list[Any] = []
         self.layers = list(model.get_submodule(stack))
         self._stack, self._load_config = stack, load_config
         self._keys = _keys_by_layer(model, stack, load_config, files)
@@ -120,8 +122,7 @@ class LayerwiseModel:
                     walk.step(layer, classes[place], place)
                 yield place
                 self._free_layer(place)
-            for walk in walks:
-                walk.finish()
+            self.outputs = [walk.finish() for walk in walks]
         finally:
             for layer, kind in zip(self.layers, classes, strict=True):
                 layer.__class__ = kind
@@ -163,6 +164,7 @@ class _Walk:
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._forward, daemon=True)
         self._call: Any = None
+        self._output: Any = None
 
     def start(self) -> None:
         """Runs to the first layer. One forward moves at a time: they share the model."""
@@ -178,9 +180,11 @@ class _Walk:
         self._answers.put(output)
         self._call = self._asks.get()
 
-    def finish(self) -> None:
+    def finish(self) -> Any:
+        """The forward's result."""
         self._check(None, -1)
         self._thread.join()
+        return self._output
 
     def stop(self) -> None:
         """Ends the thread wherever it waits."""
@@ -204,7 +208,8 @@ class _Walk:
         _current.walk = self
         try:
             with torch.no_grad():
-                backbone(self._model)(torch.tensor([list(self._ids)], device=self._device), use_cache=False)
+                ids = torch.tensor([list(self._ids)], device=self._device)
+                self._output = backbone(self._model)(ids, use_cache=False)
             self._asks.put(None)
         except _Stop:
             pass
