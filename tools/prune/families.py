@@ -34,6 +34,41 @@ SHARED = re.compile(r"share")  # shared_expert, shared_experts, shared_expert_ga
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a family's layers do around their experts in memory, where it is not the common shape.
+
+    Paths name attributes of the MoE block (``block.``) or of its decoder layer (``layer.``).
+
+    Attributes:
+        stack: only blocks whose names hold this part are pruned; others (a vision tower's) stay as they are.
+        residual: what the residual stream h is: the input of the norm before the block ("norm_input"), that norm's
+            output ("norm_output"), or what the block itself reads ("block_input").
+        norm: the norm's name, for layers that change its output before the block reads it.
+        before_factor: what h is multiplied with where r is added to it.
+        gate_factors: numbers that the block multiplies its routed output with: part of every gate.
+        residual_factors: numbers that the layer multiplies the routed output with.
+        projection: the linear layer between the experts' output and the residual stream.
+        post_norms: norms that the routed output goes through, alone or with the shared expert's.
+        zero_gate_is_none: a pair of gate 0 is a skipped token, not expert 0.
+        gives_probabilities: the router's first output holds probabilities in the place of logits.
+    """
+
+    stack: str = ""
+    residual: str = "norm_input"
+    norm: str = ""
+    before_factor: str = ""
+    gate_factors: tuple[str, ...] = ()
+    residual_factors: tuple[str, ...] = ()
+    projection: str = ""
+    post_norms: tuple[str, ...] = ()
+    zero_gate_is_none: bool = False
+    gives_probabilities: bool = False
+
+    def in_stack(self, name: str) -> bool:
+        return self.stack in name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One model type.
 
@@ -47,6 +82,7 @@ class Family:
         copied: names below the MoE block of modules that belong to neither router nor experts.
         extra_rows: rows behind a router's experts that are none (a shared expert's, a skipped token's) and always
             stay: a number, or the key of config.json that says it.
+        memory: what its layers do in memory.
     """
 
     model_type: str
@@ -63,6 +99,7 @@ class Family:
     fused: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     extra_rows: int | str = 0
+    memory: Memory = Memory()
 
 
 def _entries() -> Iterator[Family]:
@@ -76,18 +113,65 @@ def _entries() -> Iterator[Family]:
     yield Family(model_type="gpt_oss", top_k=4)
     yield Family(model_type="phimoe", top_k=2)
     yield Family(model_type="llama4_text", top_k=1)
-    yield Family(model_type="ernie4_5_moe", top_k=6)
-    yield Family(model_type="minimax", top_k=2)
+    yield Family(model_type="ernie4_5_moe", top_k_keys=("moe_k", "num_experts_per_tok"), top_k=6)
+    yield Family(
+        model_type="minimax",
+        top_k=2,
+        memory=Memory(
+            residual="norm_output",
+            before_factor="layer.mlp_alpha_factor",
+            residual_factors=("layer.mlp_beta_factor",),
+        ),
+    )
     yield Family(model_type="minimax_m2", top_k=8)
     # Fused experts that are no module `experts`.
     for name in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"):
-        yield Family(model_type=name, top_k=8, fused=("input_linear.weight", "output_linear.weight"))
+        yield Family(
+            model_type=name,
+            top_k=8,
+            fused=("input_linear.weight", "output_linear.weight"),
+            memory=Memory(residual_factors=("layer.residual_multiplier",)),
+        )
     # Modules in or around the experts that belong to none of them, whose width may equal their number.
-    yield Family(model_type="muse_spark_text", group_score=2, copied=("experts.post_expert_norm",))
-    yield Family(model_type="nemotron_h", group_score=2, copied=("fc1_latent_proj", "fc2_latent_proj"))
+    yield Family(
+        model_type="muse_spark_text",
+        group_score=2,
+        copied=("experts.post_expert_norm",),
+        memory=Memory(projection="block.post_expert_proj", post_norms=("layer.post_feedforward_layernorm",)),
+    )
+    yield Family(
+        model_type="nemotron_h",
+        group_score=2,
+        copied=("fc1_latent_proj", "fc2_latent_proj"),
+        memory=Memory(projection="block.fc2_latent_proj"),
+    )
     # Routers that score more than experts: a sink of the shared experts; an expert that does nothing.
     yield Family(model_type="inkling_text", group_score=2, extra_rows="n_shared_experts")
-    yield Family(model_type="zaya", top_k=1, extra_rows=1)
+    yield Family(model_type="zaya", top_k=1, extra_rows=1, memory=Memory(zero_gate_is_none=True))
+    # On disk the synonyms serve; in memory something stands between the experts and the residual stream.
+    for name, memory in (
+        ("afmoe", Memory(post_norms=("layer.post_mlp_layernorm",))),
+        ("axk1", Memory(post_norms=("block.post_mlp_layernorm",))),
+        (
+            "beam",
+            Memory(gate_factors=("block.routed_scaling_factor",), post_norms=("layer.post_feedforward_layernorm",)),
+        ),
+        ("flex_olmo", Memory(residual="block_input", post_norms=("layer.post_feedforward_layernorm",))),
+        (
+            "gemma4_text",
+            Memory(
+                post_norms=("layer.post_feedforward_layernorm_2", "layer.post_feedforward_layernorm"),
+                gives_probabilities=True,
+            ),
+        ),
+        ("inkling2_text", Memory(norm="post_attention_layernorm")),
+        ("kolibri1", Memory(post_norms=("layer.post_mlp_layernorm",))),
+        ("laguna", Memory(gate_factors=("block.routed_scaling_factor",))),
+        ("minimax_m3_vl_text", Memory(gate_factors=("block.routed_scaling_factor",))),
+        ("openai_privacy_filter", Memory(gate_factors=("block.num_experts",))),
+        ("qwen4_exp_text", Memory(residual="block_input")),
+    ):
+        yield Family(model_type=name, known=False, group_score=2, memory=memory)
 
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _entries()}
@@ -122,6 +206,12 @@ def text_config_path(config: Mapping) -> tuple[str, ...]:
     if outermost:
         return outermost[0]
     return ("text_config",) if isinstance(config.get("text_config"), Mapping) else ()
+
+
+def count_places(config: Mapping) -> list[tuple[str, ...]]:
+    """Every object of a configuration that says the language model's expert count: all are changed together."""
+    outermost = text_config_path(config)
+    return [path for path in _holders(config, ()) if path[: len(outermost)] == outermost]
 
 
 def _holders(config: Mapping, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -154,8 +154,8 @@ def check_kept(
     scores_two = not hasattr(block.router, "topk_method")  # a group's score is the sum of its two best, not its best
     if kept_each < 1 + scores_two or kept_each * block.topk_group < wanted:
         raise ValueError(
-            f"{where}: {policy} leaves groups of {kept_each}, of which {block.topk_group} are open to a token: it needs "
-            f"{wanted} experts there"
+            f"{where}: {policy} leaves groups of {kept_each}, of which {block.topk_group} are open to a token: it "
+            f"needs {wanted} experts there"
             + (" and two in a group to score it" if scores_two else "")
             + "; keep more, or choose slice"
         )
@@ -181,7 +181,7 @@ class _Slices:
         axes = [axis for axis, length in enumerate(tensor.shape) if length in self.rows]
         if len(axes) > 1 and tensor.dim() == 2:
             raise ValueError(
-                f"{type(self.module).__name__}.{name} is {tuple(tensor.shape)}: which axis counts experts cannot be told"
+                f"{type(self.module).__name__}.{name} is {tuple(tensor.shape)}: which axis counts experts is not told"
             )
         return axes[0] if axes else None
 
@@ -201,7 +201,7 @@ class _Slices:
 
 class _SlicedRouter(_Slices):
     def __init__(self, block: MoeBlock, kept: Tensor, policy: str, top_k: int | None) -> None:
-        extra = block.memory.extra_rows
+        extra = block.family.extra_rows
         extra = getattr(block.router, extra) if isinstance(extra, str) else extra
         super().__init__(block.router, block.num_experts, kept, extra)
         self.block, self.kept = block, kept

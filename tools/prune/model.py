@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...moe.hosts.transformers_record import ROUTER_NAMES, experts_per_token
-from .memory import Memory, memory_of
+from .families import FAMILIES, Family, Memory
 
 _PAIR_BYTES = 64 << 20  # of expert outputs recomputed at a time
 
@@ -57,7 +57,11 @@ class MoeBlock:
     top_k: int
     num_groups: int
     topk_group: int
-    memory: Memory
+    family: Family
+
+    @property
+    def memory(self) -> Memory:
+        return self.family.memory
 
     @property
     def router(self) -> nn.Module:
@@ -83,8 +87,8 @@ class LayerObservation:
         hidden_before: h [T, D].
         mlp_input: x [T, D], what the block was given.
         index: the chosen experts [T, K] int64; -1 where there is none.
-        gate: g [T, K] float32; 0 where there is none.
-        output_norm: the L2 norm of u [T, K] float32. Where the gate multiplies the expert's input (Llama 4) it is that
+        gate: g [T, K] float32 (float64 in a model of that); 0 where there is none.
+        output_norm: the L2 norm of u [T, K], as wide. Where the gate multiplies the expert's input (Llama 4) it is that
             of the actual summand divided by the gate, so that gate * output_norm is the summand's norm everywhere.
         routed_output: r [T, D].
     """
@@ -100,14 +104,19 @@ class LayerObservation:
 
     @property
     def summand_norm(self) -> Tensor:
-        """The L2 norm of what each expert adds, g_i u_i [T, K] float32."""
+        """The L2 norm of what each expert adds, g_i u_i [T, K]."""
         return self.gate.abs() * self.output_norm
 
 
 def token_contribution(before_TD: Tensor, after_TD: Tensor) -> Tensor:
-    """max(0, 1 - cos(before, after)) [T] in float32: how far the routed experts turn the residual stream."""
-    before_TD, after_TD = before_TD.float(), after_TD.float()
+    """max(0, 1 - cos(before, after)) [T] at least in float32: how far the routed experts turn the residual stream."""
+    before_TD, after_TD = wide(before_TD), wide(after_TD)
     return (1 - torch.nn.functional.cosine_similarity(before_TD, after_TD, dim=-1)).clamp_min(0)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 where it is that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def moe_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
@@ -116,13 +125,13 @@ def moe_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
     Raises:
         ValueError: there are none, or one that cannot be told apart or listened to; names the module and the reason.
     """
-    kind = _model_type(model)
-    memory = memory_of(kind)
+    family = _family(model)
+    kind = family.model_type
     modules = dict(model.named_modules())
     found: dict[int, MoeBlock] = {}
     for name, holder in modules.items():
         experts = getattr(holder, "experts", None)
-        if not isinstance(experts, nn.Module) or not memory.in_stack(name):
+        if not isinstance(experts, nn.Module) or not family.memory.in_stack(name):
             continue
         if not _is_shared_interface(experts) and type(experts).__name__ != "Llama4TextExperts":
             if type(experts).__name__ == "Mxfp4GptOssExperts":
@@ -131,7 +140,7 @@ def moe_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
                     "load the model with quantization_config=Mxfp4Config(dequantize=True)"
                 )
             continue
-        block = _block(name, holder, modules, memory, kind)
+        block = _block(name, holder, modules, family)
         if block.layer in found:
             raise ValueError(
                 f"{kind}: layer {block.layer} has two banks of experts, {found[block.layer].name} and {name}: "
@@ -152,9 +161,10 @@ def observe(
 ) -> Iterator[tuple[MoeBlock, ...]]:
     """Calls ``callback`` for each MoE layer of each forward, when that decoder layer ends.
 
-    The index and the gate are those that the experts were called with, r is their real output; the norms of u come from
-    running the model's own experts once more on the routed pairs alone, each pair as a token of its own with gate 1, so
-    that biases, quantised weights and every experts implementation count as they are. One layer's tensors live at a time.
+    The index and the gate are those that the experts were called with, r is their real output; the norms of u come
+    from running the model's own experts once more on the routed pairs alone, each pair as a token of its own with gate
+    1, so that biases, quantised weights and every experts implementation count as they are. One layer's tensors live at
+    a time.
 
     Args:
         layers: only these; by default all.
@@ -240,7 +250,7 @@ class _LayerListener:
 
     def _post_norm_ran(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         # an RMS norm is its input times a factor per element; that factor is what carries over to the routed part
-        before, after = args[0].float().flatten(0, -2), output.float().flatten(0, -2)
+        before, after = wide(args[0]).flatten(0, -2), wide(output).flatten(0, -2)
         factor = torch.where(before == 0, 0, after / before)
         self.factor = factor if self.factor is None else self.factor * factor
 
@@ -266,7 +276,7 @@ class _LayerListener:
             rows_ETD = self.routed.detach().view(-1, len(index_TK), self.routed.shape[-1])
             routed_TD = rows_ETD.sum(0)
             token = torch.arange(len(index_TK), device=index_TK.device)[:, None]
-            norm_TK = rows_ETD[index_TK, token].float().norm(dim=-1) / gate_TK.float().clamp_min(1e-38)
+            norm_TK = wide(rows_ETD[index_TK, token]).norm(dim=-1) / wide(gate_TK).clamp_min(1e-38)
             if (kept := getattr(block.router, "kept_experts", None)) is not None:  # masked: rows of the kept ones alone
                 index_TK = kept[index_TK]
         else:
@@ -276,9 +286,9 @@ class _LayerListener:
                 routed_TD = project(routed_TD)
         routed_TD = routed_TD * (inner * outer)
         if self.factor is not None:
-            routed_TD = routed_TD.float() * self.factor
+            routed_TD = wide(routed_TD) * self.factor
         index_TK = index_TK.long()
-        gate_TK = gate_TK.float() * inner
+        gate_TK = wide(gate_TK) * inner
         if memory.zero_gate_is_none:
             index_TK = index_TK.masked_fill(gate_TK == 0, -1)
         before = before.flatten(0, -2)
@@ -303,8 +313,8 @@ class _LayerListener:
             if output is mlp_input or name == self.block.memory.norm:
                 return mlp_input if self.block.memory.residual == "norm_output" else given
         raise ValueError(
-            f"layer {self.block.layer} of {type(self.block.decoder).__name__}: no module of the layer gives what its MoE "
-            "block reads, so the residual stream before the norm cannot be found; the family's Memory entry in "
+            f"layer {self.block.layer} of {type(self.block.decoder).__name__}: no module of the layer gives what its "
+            "MoE block reads, so the residual stream before the norm cannot be found; the family's memory in "
             "gatewright.tools.prune.families must name it (norm=, or residual='block_input')"
         )
 
@@ -317,7 +327,7 @@ def _output_norms(
     project: Callable[[Tensor], Tensor] | None,
     factor_TD: Tensor | None,
 ) -> Tensor:
-    """The norm of E_i(x_t) for the routed pairs [T, K] in float32, a few tokens at a time."""
+    """The norm of E_i(x_t) for the routed pairs [T, K], a few tokens at a time."""
     tokens, width = index_TK.shape
     step = max(1, _PAIR_BYTES // (4 * width * x_TD.shape[-1]))
     norms = []
@@ -326,7 +336,7 @@ def _output_norms(
         x_SD = x_TD[start : start + step].repeat_interleave(width, dim=0)
         ones_S1 = torch.ones_like(index_S1, dtype=gate_dtype)
         u_SD = experts.forward(x_SD, index_S1, ones_S1)
-        u_SD = (u_SD if project is None else project(u_SD)).float()
+        u_SD = wide(u_SD if project is None else project(u_SD))
         if factor_TD is not None:
             u_SD = u_SD * factor_TD[start : start + step].repeat_interleave(width, dim=0)
         norms.append(u_SD.norm(dim=-1).view(-1, width))
@@ -340,7 +350,8 @@ def _linear_part(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return lambda rows: torch.nn.functional.linear(rows, module.weight)
 
 
-def _block(name: str, holder: nn.Module, modules: dict[str, nn.Module], memory: Memory, kind: str) -> MoeBlock:
+def _block(name: str, holder: nn.Module, modules: dict[str, nn.Module], family: Family) -> MoeBlock:
+    kind = family.model_type
     parts = name.split(".")
     places = [place for place, part in enumerate(parts) if part.isdigit()]
     if not places:
@@ -371,7 +382,7 @@ def _block(name: str, holder: nn.Module, modules: dict[str, nn.Module], memory: 
         top_k=experts_per_token(router, holder),
         num_groups=groups,
         topk_group=kept_groups,
-        memory=memory,
+        family=family,
     )
 
 
@@ -387,11 +398,13 @@ def _count(experts: nn.Module, router: nn.Module) -> int:
     raise ValueError(f"{type(experts).__name__} does not tell its number of experts")
 
 
-def _model_type(model: nn.Module) -> str:
+def _family(model: nn.Module) -> Family:
+    """The text model's entry, or the common shape's."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(f"{type(model).__name__} is no model of transformers: it has no configuration")
-    return config.model_type
+    kind = config.get_text_config().model_type
+    return FAMILIES.get(kind) or Family(model_type=kind, known=False)
 
 
 def _resolve(block: MoeBlock, path: str) -> Any:

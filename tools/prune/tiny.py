@@ -5,9 +5,7 @@ Nothing of a family is listed here but what its configuration cannot be shrunk w
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,14 +63,17 @@ _KV_HEADS = ("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_v
 _HALF_LINEAR = ["linear_attention", "full_attention"] * (LAYERS // 2)
 _ONE_DENSE = ["dense"] + ["sparse"] * (LAYERS - 1)
 _SPECIAL: dict[str, dict[str, Any]] = {
-    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
-    "deepseek_v4": {"mlp_layer_types": ["moe"] * LAYERS},
     "bailing_hybrid": {"layer_types": _HALF_LINEAR},
     "beam": {"mlp_layer_types": _ONE_DENSE},
     "deepseek_ocr2_text": {"mlp_layer_types": _ONE_DENSE},
     "gemma4_text": {"enable_moe_block": True},
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
-    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * LAYERS},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_vision_encoder": {
+        "mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN,
+    },
+    "glm5_next_text": {"mlp_layer_types": _ONE_DENSE, "qk_rope_head_dim": 0},
     "granitemoehybrid": {"layer_types": _HALF_LINEAR, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": _HALF_LINEAR},
