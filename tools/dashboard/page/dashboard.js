@@ -360,31 +360,24 @@ function ratioColour(theme, ratio) {
 const ratioMark = (ratio) => (ratio === 0 ? "none" : ratio > 4.05 ? "more" : ratio < 0.247 ? "less" : null);
 const ratioLegend = (theme, title) => ({ stops: theme.diverging, texts: ["¼×", "½×", "1×", "2×", "4×"], title, signs: true });
 
-// ---------------------------------------------------------------------------------------------------- the application
+// ------------------------------------------------------------------------------------------------------- pages of figures
 
-class App {
-  constructor(root, data, runs, state) {
-    Object.assign(this, { root, data, runs });
-    this.state = { page: "health", run: 0, other: "", at: null, layer: null, sort: "id", cell: null, set: null, theme: null, pinned: null, ...state };
-    if (this.state.run >= runs.length) this.state.run = 0;
+/**
+ * Pages of figures behind tabs: themes, tips, explanations, export, keyboard, print. A subclass says which pages there are
+ * (`pages`: name, title, lead) and draws them (`drawers`), what stands beside the tabs (`build`, `controls`) and below
+ * (`footer`), what its keys do (`keys`, `actions`) and what holds here and now of a measure (`here`).
+ */
+class Pages {
+  constructor(root, data, state, defaults) {
+    Object.assign(this, { root, data });
+    this.state = { page: this.pages[0][0], theme: null, ...defaults, ...state };
     const page = location.hash.slice(1);
-    if (!state && PAGES.some(([name]) => name === page)) this.state.page = page;
+    if (!state && this.pages.some(([name]) => name === page)) this.state.page = page;
     this.quietly = matchMedia("(prefers-color-scheme: dark)");
     this.listeners = [];
   }
-  get run() { return this.runs[this.state.run]; }
-  get other() {
-    const { other } = this.state;
-    return other.startsWith("run") && Number(other.slice(3)) !== this.state.run ? this.runs[Number(other.slice(3))] : null;
-  }
   get dark() { return this.state.theme ? this.state.theme === "dark" : this.quietly.matches; }
   get theme() { return THEMES[this.dark ? "dark" : "light"]; }
-  get steps() { return this.run.last; }
-  get at() { return this.state.at == null ? this.steps.length - 1 : Math.min(this.state.at, this.steps.length - 1); }
-  get step() { return this.steps[this.at]; }
-  get layer() { return Math.min(this.state.layer ?? this.run.alerts[0]?.layer ?? 0, this.run.layers.length - 1); }
-  get deeper() { return this.dark ? "lighter" : "darker"; }
-  layerName(layer) { return `layer ${this.run.layers[layer]?.layer ?? layer}`; }
 
   tip(event, ...nodes) {
     const box = this.tipBox;
@@ -406,23 +399,10 @@ class App {
   /** The dialog that explains a measure, with what holds here and now. */
   explain(name) {
     const entry = this.data.definitions[name];
-    const { run, layer } = this, info = run.layers[layer];
-    const here = [];
-    if (run.last.length) {
-      const N = run.tokens.at(this.at, layer), E = info.experts, k = info.top_k;
-      const sampled = run.sampled.at(this.at, layer);
-      here.push(["Window", `steps ${whole(run.first[this.at])} to ${whole(run.last[this.at])}`]);
-      here.push(["N, E, k", `${whole(N)} tokens${sampled && entry.reduction.includes("sample") ? ` (${whole(sampled)} sampled)` : ""}, ${E} experts, ${k == null ? "varying" : plain(k)} a token, in ${this.layerName(layer)}`]);
-      const value = run.curves[name]?.at(this.at, layer);
-      if (value != null) here.push(["Here", number(value)]);
-      const chance = nullOf(name, N, E, k);
-      if (chance != null) here.push(["Chance here", chance]);
-    }
-    if (entry.reduction.includes("probe") && run.movement) here.push(["Probe", `${whole(run.movement.tokens)} tokens, ${run.movement.steps.length} times`]);
     const box = el("dialog", { "aria-label": entry.name },
       el("button", { class: "close", "aria-label": "Close", onclick: () => box.close() }, "×"),
       el("h2", {}, entry.name), el("div", { class: "formula" }, entry.formula), el("div", {}, entry.text),
-      el("dl", {}, [["Range", entry.range], ["By chance", entry.null], ["Reduction", entry.reduction], ...here].flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)])));
+      el("dl", {}, [["Range", entry.range], ["By chance", entry.null], ["Reduction", entry.reduction], ...this.here(name, entry)].flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)])));
     this.open(box);
   }
   open(box) {
@@ -432,9 +412,8 @@ class App {
     box.showModal();
   }
   help() {
-    const keys = [["←  →", "a step back, a step on (with Shift: ten; on a map: another cell)"], ["Home  End", "first step, last step"], ["Space", "play, pause"], ["1 – 6", "pages"], ["[  ]", "layer before, layer after"], ["t", "dark or light"], ["Enter", "on a cell: keep it in view"], ["?", "this help"]];
     this.open(el("dialog", { "aria-label": "Keyboard" }, el("button", { class: "close", "aria-label": "Close", onclick: (event) => event.target.closest("dialog").close() }, "×"),
-      el("h2", {}, "Keyboard"), el("dl", {}, keys.flatMap(([key, text]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, text)])),
+      el("h2", {}, "Keyboard"), el("dl", {}, this.keys.flatMap(([key, text]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, text)])),
       el("p", {}, "Click what is underlined with dots: it says how it is computed. CSV and PNG beside a figure save it.")));
   }
 
@@ -448,7 +427,7 @@ class App {
   figure(parent, { id, title, explain, note, draw, csv, wide, moves, png = true }) {
     const body = el("div", { class: "body" });
     const caption = typeof note === "function" ? el("p", { class: "note" }) : el("p", { class: "note" }, note);
-    const name = `${this.run.name}-${id}`.replace(/[^\w.-]+/g, "_");
+    const name = `${this.name}-${id}`.replace(/[^\w.-]+/g, "_");
     const tools = el("span", { class: "tools" },
       csv ? el("button", { type: "button", "aria-label": `Save ${title} as CSV`, "data-csv": id, onclick: () => save(`${name}.csv`, csvBlob(csv())) }, "CSV") : null,
       png ? el("button", { type: "button", "aria-label": `Save ${title} as PNG`, "data-png": id, onclick: () => picture(body, title, this.theme).then((blob) => save(`${name}.png`, blob)) }, "PNG") : null);
@@ -470,6 +449,144 @@ class App {
     parent.append(el("div", { class: "missing wide" }, el("b", {}, `${title}: not recorded. `), ...how));
   }
 
+  key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || this.root.querySelector("dialog[open]")) return;
+    if (/^(SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+    const actions = { "?": () => this.help(), t: () => this.set({ theme: this.dark ? "light" : "dark" }), ...this.actions(event) };
+    if (event.key >= "1" && event.key <= String(this.pages.length)) actions[event.key] = () => this.set({ page: this.pages[event.key - 1][0] });
+    if (actions[event.key]) { actions[event.key](); event.preventDefault(); }
+  }
+
+  /** The frame that all pages stand in; `build` of a subclass gives what stands beside the tabs. */
+  start() {
+    const { root, data } = this;
+    root.classList.add("gatewright");
+    this.tipBox = el("div", { class: "tip", hidden: true, role: "status" });
+    const parts = (this.parts = {
+      meta: el("p", { class: "meta" }),
+      tabs: el("div", { class: "tabs", role: "tablist", "aria-label": "Pages" }),
+      theme: el("button", { type: "button", onclick: () => this.set({ theme: this.dark ? "light" : "dark" }) }),
+      main: el("main"), footer: el("footer", { class: "wrap" }),
+    });
+    for (const [i, [name, title]] of this.pages.entries())
+      parts.tabs.append(el("button", { type: "button", role: "tab", id: `tab-${name}`, "data-page": name, onclick: () => this.set({ page: name }) }, el("kbd", { "aria-hidden": "true" }, i + 1), title));
+    root.replaceChildren(
+      el("div", { class: "wrap top" }, el("div", {}, el("h1", {}, data.title), parts.meta),
+        parts.theme, el("button", { type: "button", "aria-label": "Keyboard help", onclick: () => this.help() }, "?")),
+      el("div", { class: "bar" }, el("div", { class: "wrap" }, parts.tabs, el("div", { class: "controls" }, this.build()))),
+      el("div", { class: "wrap" }, parts.main), parts.footer, this.tipBox);
+  }
+
+  draw() {
+    const { root, parts, state } = this;
+    root.dataset.theme = this.dark ? "dark" : "light";
+    document.documentElement.style.background = this.theme.bg;
+    parts.theme.textContent = this.dark ? "Light" : "Dark";
+    this.controls();
+    for (const tab of parts.tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.page === state.page));
+    if (!this.printing) { try { history.replaceState(null, "", `#${state.page}`); } catch { /* in a frame that may not */ } }
+    const place = this.place();
+    this.listeners = [];
+    this.tip();
+    parts.main.replaceChildren();
+    for (const page of this.printing ? this.pages : this.pages.filter(([name]) => name === state.page)) this.drawPage(page);
+    parts.footer.replaceChildren(...this.footer());
+    this.width = parts.main.clientWidth;
+    place();
+  }
+
+  /** Where the reader is; the function that it returns goes back there once all is drawn anew. */
+  place() {
+    const { main } = this.parts, y = scrollY, active = main.contains(document.activeElement) ? document.activeElement : null;
+    const same = this.drawn === this.state.page;
+    this.drawn = this.state.page;
+    const figure = active?.closest(".fig")?.id;
+    const focus = active?.dataset.choice != null ? `[data-choice="${active.dataset.choice}"]` : figure && active.tagName === "CANVAS" ? `#${figure} canvas` : null;
+    return () => {
+      // a new page begins at its top, below the bar
+      scrollTo(0, same ? y : Math.min(y, this.parts.tabs.closest(".bar").previousElementSibling.offsetHeight));
+      if (same && focus) main.querySelector(focus)?.focus({ preventScroll: true });
+    };
+  }
+
+  drawPage([name, title, lead]) {
+    const section = el("div", { class: "page", role: "tabpanel", "aria-labelledby": `tab-${name}` }, el("h2", {}, title), el("p", { class: "lead" }, lead));
+    this.parts.main.append(section);
+    this.drawers[name](this, section);
+  }
+
+  /** Draws, and draws anew when the window, the system's colours or the medium change; the keys work from here on. */
+  live() {
+    const { root } = this;
+    root.gatewrightStop?.();
+    root.gatewrightState = this.state;
+    this.start();
+    this.draw();
+    const stop = new AbortController(), { signal } = stop;
+    const again = () => this.draw();
+    document.addEventListener("keydown", (event) => this.key(event), { signal });
+    this.quietly.addEventListener("change", again, { signal });
+    let wait;
+    const sized = new ResizeObserver(() => {
+      if (this.printing || this.parts.main.clientWidth === this.width) return;
+      clearTimeout(wait);
+      wait = setTimeout(again, 80);
+    });
+    sized.observe(this.parts.main);
+    const print = (on) => {
+      const { theme } = this.state;
+      this.play?.(false);
+      this.printing = on;
+      root.classList.toggle("printing", on);
+      if (on) { this.before = theme; this.state.theme = "light"; root.style.width = "688px"; } else { this.state.theme = this.before ?? null; root.style.width = ""; }
+      this.draw();
+    };
+    addEventListener("beforeprint", () => print(true), { signal });
+    addEventListener("afterprint", () => print(false), { signal });
+    root.gatewrightStop = () => { stop.abort(); sized.disconnect(); this.play?.(false); };
+    return this;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- the application
+
+class App extends Pages {
+  constructor(root, data, runs, state) {
+    super(root, data, state, { run: 0, other: "", at: null, layer: null, sort: "id", cell: null, set: null, pinned: null });
+    this.runs = runs;
+    if (this.state.run >= runs.length) this.state.run = 0;
+  }
+  get pages() { return PAGES; }
+  get drawers() { return DRAW; }
+  get name() { return this.run.name; }
+  get run() { return this.runs[this.state.run]; }
+  get other() {
+    const { other } = this.state;
+    return other.startsWith("run") && Number(other.slice(3)) !== this.state.run ? this.runs[Number(other.slice(3))] : null;
+  }
+  get steps() { return this.run.last; }
+  get at() { return this.state.at == null ? this.steps.length - 1 : Math.min(this.state.at, this.steps.length - 1); }
+  get step() { return this.steps[this.at]; }
+  get layer() { return Math.min(this.state.layer ?? this.run.alerts[0]?.layer ?? 0, this.run.layers.length - 1); }
+  get deeper() { return this.dark ? "lighter" : "darker"; }
+  layerName(layer) { return `layer ${this.run.layers[layer]?.layer ?? layer}`; }
+
+  here(name, entry) {
+    const { run, layer } = this, info = run.layers[layer];
+    const here = [];
+    if (run.last.length) {
+      const N = run.tokens.at(this.at, layer), E = info.experts, k = info.top_k;
+      const sampled = run.sampled.at(this.at, layer);
+      here.push(["Window", `steps ${whole(run.first[this.at])} to ${whole(run.last[this.at])}`]);
+      here.push(["N, E, k", `${whole(N)} tokens${sampled && entry.reduction.includes("sample") ? ` (${whole(sampled)} sampled)` : ""}, ${E} experts, ${k == null ? "varying" : plain(k)} a token, in ${this.layerName(layer)}`]);
+      const value = run.curves[name]?.at(this.at, layer);
+      if (value != null) here.push(["Here", number(value)]);
+      const chance = nullOf(name, N, E, k);
+      if (chance != null) here.push(["Chance here", chance]);
+    }
+    if (entry.reduction.includes("probe") && run.movement) here.push(["Probe", `${whole(run.movement.tokens)} tokens, ${run.movement.steps.length} times`]);
+    return here;
+  }
   move() {
     this.showStep();
     this.listeners.forEach((listener) => listener());
@@ -498,57 +615,36 @@ class App {
     this.parts.play.setAttribute("aria-label", this.timer ? "Pause" : "Play");
   }
 
-  key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || this.root.querySelector("dialog[open]")) return;
-    if (/^(SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+  get keys() {
+    return [["←  →", "a step back, a step on (with Shift: ten; on a map: another cell)"], ["Home  End", "first step, last step"], ["Space", "play, pause"], ["1 – 6", "pages"], ["[  ]", "layer before, layer after"], ["t", "dark or light"], ["Enter", "on a cell: keep it in view"], ["?", "this help"]];
+  }
+
+  actions(event) {
     const scrub = (to) => { this.play(false); this.set({ at: Math.max(0, Math.min(this.steps.length - 1, to)) }, false); };
     const far = event.shiftKey ? 10 : 1;
-    const actions = {
+    return {
       ArrowLeft: () => scrub(this.at - far), ArrowRight: () => scrub(this.at + far), Home: () => scrub(0), End: () => scrub(Infinity),
       "[": () => this.set({ layer: Math.max(0, this.layer - 1), cell: null }), "]": () => this.set({ layer: Math.min(this.run.layers.length - 1, this.layer + 1), cell: null }),
-      "?": () => this.help(), t: () => this.set({ theme: this.dark ? "light" : "dark" }),
+      ...(event.target.tagName === "BUTTON" ? {} : { " ": () => this.play() }),
     };
-    if (event.key === " " && event.target.tagName !== "BUTTON") actions[" "] = () => this.play();
-    if (event.key >= "1" && event.key <= String(PAGES.length)) actions[event.key] = () => this.set({ page: PAGES[event.key - 1][0] });
-    if (actions[event.key]) { actions[event.key](); event.preventDefault(); }
   }
 
   build() {
-    const { root, data } = this;
-    root.classList.add("gatewright");
-    this.tipBox = el("div", { class: "tip", hidden: true, role: "status" });
-    const parts = (this.parts = {
-      meta: el("p", { class: "meta" }),
-      tabs: el("div", { class: "tabs", role: "tablist", "aria-label": "Pages" }),
-      theme: el("button", { type: "button", onclick: () => this.set({ theme: this.dark ? "light" : "dark" }) }),
-      run: el("select", { "aria-label": "Run", onchange: (event) => this.set({ run: Number(event.target.value), at: null, cell: null }) }),
-      other: el("select", { "aria-label": "Compare with", onchange: (event) => this.set({ other: event.target.value, pinned: event.target.value === "step" ? this.at : null }) }),
-      layer: el("select", { "aria-label": "Layer", onchange: (event) => this.set({ layer: Number(event.target.value), cell: null }) }),
-      play: el("button", { type: "button", class: "play", "aria-label": "Play", onclick: () => this.play() }, "▶"),
-      slider: el("input", { type: "range", min: 0, step: 1, "aria-label": "Training step", oninput: (event) => { this.play(false); this.set({ at: Number(event.target.value) }, false); } }),
-      output: el("output", { "aria-live": "off" }),
-      main: el("main"), footer: el("footer", { class: "wrap" }),
-    });
-    for (const [i, [name, title]] of PAGES.entries())
-      parts.tabs.append(el("button", { type: "button", role: "tab", id: `tab-${name}`, "data-page": name, onclick: () => this.set({ page: name }) }, el("kbd", { "aria-hidden": "true" }, i + 1), title));
+    const { parts } = this;
+    parts.run = el("select", { "aria-label": "Run", onchange: (event) => this.set({ run: Number(event.target.value), at: null, cell: null }) });
+    parts.other = el("select", { "aria-label": "Compare with", onchange: (event) => this.set({ other: event.target.value, pinned: event.target.value === "step" ? this.at : null }) });
+    parts.layer = el("select", { "aria-label": "Layer", onchange: (event) => this.set({ layer: Number(event.target.value), cell: null }) });
+    parts.play = el("button", { type: "button", class: "play", "aria-label": "Play", onclick: () => this.play() }, "▶");
+    parts.slider = el("input", { type: "range", min: 0, step: 1, "aria-label": "Training step", oninput: (event) => { this.play(false); this.set({ at: Number(event.target.value) }, false); } });
+    parts.output = el("output", { "aria-live": "off" });
     const label = (text, part) => el("label", {}, text, part);
-    const runs = label("Run", parts.run), layers = label("Layer", parts.layer);
-    if (this.runs.length < 2) runs.hidden = true;
-    root.replaceChildren(
-      el("div", { class: "wrap top" }, el("div", {}, el("h1", {}, data.title), parts.meta),
-        parts.theme, el("button", { type: "button", "aria-label": "Keyboard help", onclick: () => this.help() }, "?")),
-      el("div", { class: "bar" }, el("div", { class: "wrap" }, parts.tabs,
-        el("div", { class: "controls" }, runs, label("Compare with", parts.other), layers, el("div", { class: "scrub" }, parts.play, parts.slider, parts.output)))),
-      el("div", { class: "wrap" }, parts.main), parts.footer, this.tipBox);
-    runs.style.display = runs.hidden ? "none" : "";
+    const runs = label("Run", parts.run);
+    if (this.runs.length < 2) { runs.hidden = true; runs.style.display = "none"; }
+    return [runs, label("Compare with", parts.other), label("Layer", parts.layer), el("div", { class: "scrub" }, parts.play, parts.slider, parts.output)];
   }
 
-  draw() {
-    const { root, data, parts, run, state } = this;
-    root.dataset.theme = this.dark ? "dark" : "light";
-    document.documentElement.style.background = this.theme.bg;
-    parts.theme.textContent = this.dark ? "Light" : "Dark";
-    const options = (select, entries, value) => { select.replaceChildren(...entries.map(([key, text]) => el("option", { value: key }, text))); select.value = value; };
+  controls() {
+    const { parts, run, state } = this;
     options(parts.run, this.runs.map((one, i) => [String(i), one.name]), String(state.run));
     const others = this.runs.map((one, i) => [`run${i}`, one.name]).filter((_, i) => i !== state.run);
     if (!others.some(([key]) => key === state.other) && state.other !== "step") state.other = "";
@@ -564,38 +660,16 @@ class App {
       ks.length === 1 && ks[0] != null ? `${plain(ks[0])} a token` : "experts a token vary", routers.join(", "),
       this.steps.length ? (run.last.length === 1 ? "one window" : `steps ${whole(run.first[0])} to ${whole(this.steps.at(-1))} in ${run.last.length} windows`) : "",
       run.complete ? "" : "still running, or stopped early"].filter(Boolean).join(" · ");
-    for (const tab of parts.tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.page === state.page));
-    if (!this.printing) { try { history.replaceState(null, "", `#${state.page}`); } catch { /* in a frame that may not */ } }
-    const place = this.place();
-    this.listeners = [];
-    this.tip();
-    parts.main.replaceChildren();
-    for (const page of this.printing ? PAGES : PAGES.filter(([name]) => name === state.page)) this.drawPage(page);
-    parts.footer.replaceChildren(...footer(this));
     this.showStep();
-    this.width = parts.main.clientWidth;
-    place();
   }
 
-  /** Where the reader is; the function that it returns goes back there once all is drawn anew. */
-  place() {
-    const { main } = this.parts, y = scrollY, active = main.contains(document.activeElement) ? document.activeElement : null;
-    const same = this.drawn === this.state.page;
-    this.drawn = this.state.page;
-    const figure = active?.closest(".fig")?.id;
-    const focus = active?.dataset.choice != null ? `[data-choice="${active.dataset.choice}"]` : figure && active.tagName === "CANVAS" ? `#${figure} canvas` : null;
-    return () => {
-      // a new page begins at its top, below the bar
-      scrollTo(0, same ? y : Math.min(y, this.parts.tabs.closest(".bar").previousElementSibling.offsetHeight));
-      if (same && focus) main.querySelector(focus)?.focus({ preventScroll: true });
-    };
-  }
+  footer() { return footer(this); }
+}
 
-  drawPage([name, title, lead]) {
-    const section = el("div", { class: "page", role: "tabpanel", "aria-labelledby": `tab-${name}` }, el("h2", {}, title), el("p", { class: "lead" }, lead));
-    this.parts.main.append(section);
-    DRAW[name](this, section);
-  }
+/** Fills a <select> with [value, text] pairs. */
+function options(select, entries, value) {
+  select.replaceChildren(...entries.map(([key, text]) => el("option", { value: key }, text)));
+  select.value = value;
 }
 
 function nullOf(name, N, E, k) {
@@ -1447,32 +1521,5 @@ export async function mount(root, data) {
     return null;
   }
   const runs = await Promise.all(data.runs.map(unpack));
-  root.gatewrightStop?.();
-  const app = new App(root, data, runs, root.gatewrightState);
-  root.gatewrightState = app.state;
-  app.build();
-  app.draw();
-  const stop = new AbortController(), { signal } = stop;
-  const again = () => app.draw();
-  document.addEventListener("keydown", (event) => app.key(event), { signal });
-  app.quietly.addEventListener("change", again, { signal });
-  let wait;
-  const sized = new ResizeObserver(() => {
-    if (app.printing || app.parts.main.clientWidth === app.width) return;
-    clearTimeout(wait);
-    wait = setTimeout(again, 80);
-  });
-  sized.observe(app.parts.main);
-  const print = (on) => {
-    const { theme } = app.state;
-    app.play(false);
-    app.printing = on;
-    root.classList.toggle("printing", on);
-    if (on) { app.before = theme; app.state.theme = "light"; root.style.width = "688px"; } else { app.state.theme = app.before ?? null; root.style.width = ""; }
-    app.draw();
-  };
-  addEventListener("beforeprint", () => print(true), { signal });
-  addEventListener("afterprint", () => print(false), { signal });
-  root.gatewrightStop = () => { stop.abort(); sized.disconnect(); app.play(false); };
-  return app;
+  return new App(root, data, runs, root.gatewrightState).live();
 }
