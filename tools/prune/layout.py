@@ -122,8 +122,8 @@ class Layout:
 class _Search:
     """The search for MoE layers in one checkpoint's names and shapes.
 
-    `rows` is what a router scores: the experts, and whatever else. Its tensors have one entry for each of `rows`, or one
-    for each expert.
+    `rows` is what a router scores: the experts, and whatever else. Its tensors have one entry for each of `rows`, or
+    one for each expert.
     """
 
     checkpoint: Checkpoint
@@ -207,15 +207,15 @@ class _Search:
             )
         if missing:
             raise self._refusal(
-                f"has no tensors at {block} for expert {missing[0]} ({len(missing)} of {self.num_experts} are missing): "
-                "they are tied to others, or the checkpoint is incomplete; save it with a copy for each expert"
+                f"has no tensors at {block} for expert {missing[0]} ({len(missing)} of {self.num_experts} are missing): they "
+                "are tied to others, or the checkpoint is incomplete; save it with a copy for each expert"
             )
         modules = {expert: _modules(names) for expert, names in experts.items()}
         for expert, own in modules.items():
             if own != modules[0]:
                 raise self._refusal(
-                    f"has {', '.join(sorted(modules[0] ^ own))} at {block} for only one of experts 0 and {expert}: tied "
-                    "experts, or an incomplete checkpoint; save it with a copy for each expert"
+                    f"has {', '.join(sorted(modules[0] ^ own))} at {block} for only one of experts 0 and {expert}: "
+                    "tied experts, or an incomplete checkpoint; save it with a copy for each expert"
                 )
 
     def _below(self, blocks: Iterable[str]) -> dict[str, list[str]]:
@@ -249,8 +249,8 @@ class _Search:
                 continue
             if not routes:
                 raise self._refusal(
-                    f"has {name} of shape {list(shape)} beside its experts, with an axis of their number: whether that is "
-                    "a coincidence cannot be seen, so the family needs an entry in gatewright.tools.prune.families"
+                    f"has {name} of shape {list(shape)} beside its experts, with an axis of their number: whether that "
+                    "is a coincidence cannot be seen, so the family needs an entry in gatewright.tools.prune.families"
                 )
             if self._is_ambiguous(name, parameter or rest):
                 raise self._refusal(

@@ -1,0 +1,319 @@
+"""Writes the pruned checkpoint: byte ranges of the source, copied file by file with bounded memory.
+
+    gatewright prune apply plan.json --model MODEL --out DIR
+
+No tensor is ever interpreted, so every type that safetensors can hold goes through, and no torch is imported. Files are
+made in a folder `.DIR.pruning` beside the output: each is written under another name, put on the disk, renamed, and
+noted in a journal. A run that was killed, or that found the disk full, goes on where it stopped when it is started
+again; only when everything is there does the folder get its name. The source is only ever read.
+"""
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...moe.files import flush_to_disk, write_text
+from .checkpoint import Checkpoint
+from .journal import Finished, Journal, crc32
+from .layout import Layout
+from .run_folder import is_run_folder
+from .target import Target, TargetShard
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+SMALL = 1 << 20  # ranges below this are gathered in memory, longer ones are copied by the kernel
+GATHERED = 4 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Progress = Callable[[str, int, int], None]  # file, bytes on the disk so far, bytes in all
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` did.
+
+    Attributes:
+        target: what was written.
+        reused: files that an earlier run had finished.
+    """
+
+    target: Target
+    reused: tuple[str, ...]
+
+
+def apply(
+    plan: "Plan", model: str | os.PathLike, out: str | os.PathLike, *, progress: Progress | None = None
+) -> Applied:
+    """Writes `out`, which is there whole or not at all.
+
+    Args:
+        plan: which experts stay.
+        model: the checkpoint's folder; it is not changed.
+        out: a new or empty folder.
+        progress: called after each file of weights.
+
+    Raises:
+        ValueError: the plan does not fit the model; `out` holds something or lies where the model is; the disk has too
+            little room; an unfinished rewriting of something else is in the way. Nothing was written.
+        OSError: the disk became full, or a file cannot be read or written; running it again goes on.
+    """
+    model, out = Path(model), Path(out)
+    checkpoint = Checkpoint.open(model)
+    target = Target.of(checkpoint, Layout.of(checkpoint), plan)
+    work = workplace(out)
+    files = work / "files"
+    identity = _identity(target, plan)
+    if _has_its_name(work, out, model):
+        # Killed between the last two steps of an earlier run.
+        Journal.open(work / "journal", identity).close()
+        shutil.rmtree(work)
+        return Applied(target, tuple(shard.file for shard in target.shards))
+    check_out(model, out)
+    check_room(target, out, files)
+    files.mkdir(parents=True, exist_ok=True)
+    journal = Journal.open(work / "journal", identity)
+    try:
+        reused = []
+        done = 0
+        for shard in target.shards:
+            if journal.is_good(files, shard.file):
+                reused.append(shard.file)
+            else:
+                with _resumable(work, len(journal.finished), len(target.shards)):
+                    journal.note(shard.file, write_shard(shard, checkpoint.folder, files))
+            done += shard.size
+            if progress is not None:
+                progress(shard.file, done, target.weight_bytes)
+        with _resumable(work, len(journal.finished), len(target.shards)):
+            _write_others(target, files)
+        if _identity(target, plan) != identity:
+            raise ValueError(f"{model} was changed while it was read: remove {work} and start again")
+        os.replace(files, out)
+        flush_to_disk(out.parent)
+    finally:
+        journal.close()
+    shutil.rmtree(work)
+    return Applied(target, tuple(reused))
+
+
+def workplace(out: Path) -> Path:
+    """Where the files of `out` are made."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.pruning")
+
+
+def _has_its_name(work: Path, out: Path, model: Path) -> bool:
+    """Whether everything was written and renamed, and only the journal is left over."""
+    finished = (work / "journal").is_file() and not (work / "files").exists()
+    return finished and out.is_dir() and any(out.iterdir()) and out.resolve() != model.resolve()
+
+
+def check_out(model: Path, out: Path) -> None:
+    """
+    Raises:
+        ValueError: `out` is the model, lies in it or around it, is a file or holds something.
+    """
+    here, there = out.resolve(), model.resolve()
+    if here == there:
+        raise ValueError(f"{out} is the model itself, which is never overwritten: choose another folder")
+    if here.is_relative_to(there):
+        raise ValueError(f"{out} lies in the model's folder {model}: choose one outside of it")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: choose a new folder, or empty it")
+
+
+def check_room(target: Target, out: Path, files: Path) -> None:
+    """
+    Raises:
+        ValueError: the disk has less room than what is still to write.
+    """
+    there = {path.name: path.stat().st_size for path in files.iterdir()} if files.is_dir() else {}
+    written = sum(shard.size for shard in target.shards if there.get(shard.file) == shard.size)
+    # Half a file of an earlier run is written over.
+    rest = sum(size for name, size in there.items() if name.startswith("."))
+    needed = target.total_bytes - written - rest
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(
+            f"{out} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB left: make room, or choose "
+            "a folder on another disk"
+        )
+
+
+def write_shard(shard: TargetShard, source: Path, folder: Path) -> Finished:
+    """Writes one file of weights into `folder`: it has its name once it is on the disk."""
+    path, beside = source / shard.file, folder / f".{shard.file}.new"
+    reader = os.open(path, os.O_RDONLY)
+    try:
+        # Unbuffered: what the kernel copies and what is gathered go through one file position.
+        with open(beside, "wb", buffering=0) as stream, ThreadPoolExecutor(1) as flusher:
+            to = stream.fileno()
+            gathered = bytearray(shard.header)
+            for start, end in (pair for tensor in shard.tensors for pair in tensor.ranges()):
+                if end - start < SMALL:
+                    gathered += _read(reader, start, end - start, path)
+                if end - start >= SMALL or len(gathered) >= GATHERED:
+                    _write(to, gathered)
+                    gathered.clear()
+                if end - start >= SMALL:
+                    _copy(reader, to, start, end, path)
+            _write(to, gathered)
+            flushed = flusher.submit(os.fsync, to)
+            checksum = crc32(beside)
+            flushed.result()
+        size = beside.stat().st_size
+        if size != shard.size:
+            raise RuntimeError(f"{beside} became {size} bytes long and not {shard.size}")
+        os.replace(beside, folder / shard.file)
+        flush_to_disk(folder)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(reader)
+    return Finished(shard.size, checksum)
+
+
+def _read(reader: int, start: int, length: int, path: Path) -> bytes:
+    content = os.pread(reader, length, start)
+    if len(content) != length:
+        raise OSError(errno.EIO, "it became shorter while it was read", str(path))
+    return content
+
+
+def _write(to: int, content: bytearray) -> None:
+    with memoryview(content) as view:
+        written = 0
+        while written < len(view):
+            written += os.write(to, view[written:])
+
+
+def _copy(reader: int, to: int, start: int, end: int, path: Path) -> None:
+    """Appends source bytes to a file, without bringing them into this process where the system can."""
+    copy = _copy_in_kernel
+    while start < end:
+        try:
+            copied = copy(reader, to, start, end - start)
+        except OSError as error:
+            if copy is _copy_in_kernel and error.errno in (
+                errno.EXDEV,
+                errno.ENOSYS,
+                errno.EINVAL,
+                errno.EOPNOTSUPP,
+                errno.ENOTSOCK,
+            ):
+                copy = _copy_through_memory
+                continue
+            raise
+        if copied == 0:
+            raise OSError(errno.EIO, "it became shorter while it was read", str(path))
+        start += copied
+
+
+def _copy_in_kernel(reader: int, to: int, start: int, length: int) -> int:
+    return os.sendfile(to, reader, start, length)
+
+
+def _copy_through_memory(reader: int, to: int, start: int, length: int) -> int:
+    content = os.pread(reader, min(length, GATHERED), start)
+    _write(to, bytearray(content))
+    return len(content)
+
+
+def _write_others(target: Target, files: Path) -> None:
+    expected = {*target.texts, *target.copied, *(shard.file for shard in target.shards)}
+    for file in target.copied:
+        path = files / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.new")
+        shutil.copyfile(target.checkpoint.folder / file, beside)
+        shutil.copymode(target.checkpoint.folder / file, beside)
+        flush_to_disk(beside)
+        os.replace(beside, path)
+    for file, text in target.texts.items():
+        path = files / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    for path in files.rglob("*"):  # halves that a killed run left
+        if path.is_file() and path.relative_to(files).as_posix() not in expected:
+            path.unlink()
+    for folder in {files, *(path for path in files.rglob("*") if path.is_dir())}:
+        flush_to_disk(folder)
+
+
+@contextmanager
+def _resumable(work: Path, done: int, of: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full after {done} of {of} files of weights; make room and run the same command again, which "
+            "goes on where this one stopped",
+            str(work),
+        ) from None
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list]:
+    stamps = {}
+    for file in (*checkpoint.shards, "config.json", *checkpoint.others):
+        stat = (checkpoint.folder / file).stat()
+        stamps[file] = [stat.st_size, stat.st_mtime_ns]
+    return stamps
+
+
+def _identity(target: Target, plan: "Plan") -> dict:
+    """What makes two runs the same work: the source's files, the plan, and where every output byte comes from."""
+    return {"target": target.digest, "plan": plan.hash, "source": _stamps(target.checkpoint)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="what `gatewright prune plan` wrote")
+    parser.add_argument("--model", type=Path, required=True, metavar="MODEL", help="the checkpoint's folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    from .plan import Plan
+
+    plan = Plan.load(args.plan)
+    if is_run_folder(args.model):
+        from . import runs
+
+        runs.apply(plan, args.model, args.out)
+        print(f"{args.out}: written")
+        return 0
+    began = time.monotonic()
+
+    def progress(file: str, done: int, total: int) -> None:
+        speed = done / 2**30 / max(time.monotonic() - began, 1e-9)
+        print(f"{file}  {done / 2**30:.2f} of {total / 2**30:.2f} GiB, {speed:.2f} GiB/s", file=sys.stderr)
+
+    applied = apply(plan, args.model, args.out, progress=progress)
+    target = applied.target
+    for warning in target.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if applied.reused:
+        print(f"{len(applied.reused)} of {len(target.shards)} files were there from an earlier run")
+    if target.checkpoint.left_out:
+        print(f"not carried, for they hold weights of the old size: {', '.join(target.checkpoint.left_out)}")
+    print(
+        f"{args.out}: {target.checkpoint.file_bytes / 2**30:.2f} -> {target.weight_bytes / 2**30:.2f} GiB of weights "
+        f"in {len(target.shards)} files; `gatewright prune verify` proves them"
+    )
+    return 0
