@@ -207,8 +207,8 @@ class _Search:
             )
         if missing:
             raise self._refusal(
-                f"has no tensors at {block} for expert {missing[0]} ({len(missing)} of {self.num_experts} are missing): they "
-                "are tied to others, or the checkpoint is incomplete; save it with a copy for each expert"
+                f"has no tensors at {block} for {len(missing)} of its {self.num_experts} experts, {missing[0]} first: "
+                "they are tied to others, or the checkpoint is incomplete; save it with a copy for each expert"
             )
         modules = {expert: _modules(names) for expert, names in experts.items()}
         for expert, own in modules.items():

@@ -1,4 +1,4 @@
-"""Proves a pruned checkpoint: that its bytes are the source's, that it loads, that it computes what the masked model does.
+"""Proves a pruned checkpoint: its bytes are the source's, it loads, it computes what the masked model does.
 
     V0  every output tensor equals its slice of the source byte for byte; names, types, shapes and index are exact;
         config.json differs from the source's in its counts alone; every other file is carried
@@ -6,8 +6,8 @@
     V2  its logits equal those of the full model held to the kept experts, bit for bit on the CPU
     V3  the plan in the folder is the one given, and replaying it gives the same headers, texts and files
 
-V0 works each tensor's slice out once more from the names, on its own: a mistake in `target` is found here, not repeated.
-V0 and V3 read files in chunks and import no torch; V1 and V2 are in `verify_model`.
+V0 works each tensor's slice out once more from the names, on its own: a mistake in `target` is found here, not
+repeated. V0 and V3 read files in chunks and import no torch; V1 and V2 are in `verify_model`.
 """
 
 import argparse
