@@ -39,9 +39,19 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ... import __version__
-from ...moe.files import write_bytes, write_text
+from ...moe.files import write_bytes
 from . import demos as demos_module
-from .demos import Demo, ModelGenerator, duration, endpoint_of, fill_answers, lines_of, short_data, tokenise
+from .demos import (
+    Demo,
+    ModelGenerator,
+    duration,
+    endpoint_of,
+    fill_answers,
+    lines_of,
+    pair_domains,
+    short_data,
+    tokenise,
+)
 from .layerwise import LayerwiseModel, backbone
 from .loading import DTYPES, context_length, load_config, load_model, load_tokenizer, pick_device, vocabulary
 from .model import LayerObservation, MoeBlock, moe_blocks, observe, token_contribution
@@ -228,7 +238,7 @@ def collect(
         the statistics; None on all processes but the first.
 
     Raises:
-        ValueError: no demonstrations; a model whose experts cannot be observed; a journal of something else.
+        ValueError: no demonstrations; a model whose experts cannot be observed.
     """
     options = options or Options()
     if not demos:
@@ -369,45 +379,37 @@ def _weights(about: Mapping[str, Any], ratios: Mapping[int, np.ndarray | None]) 
 
 
 class _Parts:
-    """What is done: each demonstration's statistics by digest, in memory and, where there is a journal, on disk.
+    """What is done: each demonstration's statistics, in memory and, where there is a journal, on disk.
 
-    JOURNAL/journal.json            the model and the options
-    JOURNAL/weights.safetensors     what needs no data
-    JOURNAL/<digest>.safetensors    one demonstration; each file is there whole or not at all
+        JOURNAL/<digest>.safetensors            one demonstration; each file is there whole or not at all
+        JOURNAL/weights-<digest>.safetensors    what needs no data
+
+    A digest is of the model and the options too, so that parts of another collection are never taken.
     """
 
     def __init__(self, journal: str | Path | None, about: Mapping[str, Any]) -> None:
         self._folder = Path(journal) if journal is not None else None
+        self._about = json.dumps(about, sort_keys=True)
         self._parts: dict[str, DomainStatistics] = {}
         self._weights: dict[str, np.ndarray] | None = None
         if self._folder is not None:
-            self._read(json.loads(json.dumps(about)))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._file("weights").exists():
+                self._weights = safetensors.numpy.load_file(self._file("weights"))
 
-    def _read(self, about: dict[str, Any]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        header = self._folder / "journal.json"
-        if header.exists():
-            try:
-                found = json.loads(header.read_text())
-            except ValueError:
-                raise ValueError(f"{header} cannot be read: delete {self._folder} to start anew") from None
-            for what in about:
-                if found.get(what) != about[what]:
-                    raise ValueError(
-                        f"{self._folder} holds an unfinished collection with another {what}: give the same as before "
-                        "to go on, or delete the folder to start anew"
-                    )
-        else:
-            write_text(header, json.dumps(about, indent=1))
-        for file in self._folder.glob("*.safetensors"):
-            arrays = safetensors.numpy.load_file(file)
-            if file.stem == "weights":
-                self._weights = arrays
-                continue
-            max_norm, tokens = arrays.pop("max_norm"), int(arrays.pop("tokens")[0])
-            self._parts[file.stem] = DomainStatistics.of_demo(arrays, max_norm, tokens)
+    def _file(self, digest: str) -> Path:
+        name = hashlib.sha256(f"{self._about} {digest}".encode()).hexdigest()
+        return self._folder / f"{'weights-' if digest == 'weights' else ''}{name}.safetensors"
+
+    def _read(self, digest: str) -> None:
+        if self._folder is None or digest in self._parts or not self._file(digest).exists():
+            return
+        arrays = safetensors.numpy.load_file(self._file(digest))
+        max_norm, tokens = arrays.pop("max_norm"), int(arrays.pop("tokens")[0])
+        self._parts[digest] = DomainStatistics.of_demo(arrays, max_norm, tokens)
 
     def __contains__(self, digest: str) -> bool:
+        self._read(digest)
         return digest in self._parts
 
     @property
@@ -418,12 +420,12 @@ class _Parts:
         self._parts[demo.digest] = part
         if self._folder is not None:
             arrays = {**part.sums, "max_norm": part.max_norm, "tokens": part.tokens_per_demo}
-            write_bytes(self._folder / f"{demo.digest}.safetensors", safetensors.numpy.save(arrays))
+            write_bytes(self._file(demo.digest), safetensors.numpy.save(arrays))
 
     def keep_weights(self, weights: dict[str, np.ndarray]) -> None:
         self._weights = weights
         if self._folder is not None:
-            write_bytes(self._folder / "weights.safetensors", safetensors.numpy.save(weights))
+            write_bytes(self._file("weights"), safetensors.numpy.save(weights))
 
     def weights(self) -> dict[str, np.ndarray]:
         return self._weights or {}
@@ -573,7 +575,8 @@ def load_demos(
     process alone.
     """
     lines = lines_of(args)
-    config, tokenizer = load_config(args.model), load_tokenizer(args.model)
+    config = load_config(args.model)
+    tokenizer = load_tokenizer(args.model) if any(line.kind != "input_ids" for line in lines) else None
     template = not args.no_template
     limits = {"vocab_size": vocabulary(config), "context": context_length(config), "truncate": args.truncate}
     tokenise([line for line in lines if not line.missing], tokenizer, template=template, **limits)
@@ -629,11 +632,7 @@ def _run_own(args: argparse.Namespace) -> int:
     from . import runs
 
     refuse_changed(args, add_arguments, ["--demos", "-", "--out", "-"], ("out", "demos", "domain", "quiet"))
-    if len(args.demos) != 1 or len(args.domain) > 1:
-        raise ValueError("a run of this library takes one file of --demos, and at most one --domain")
-    statistics = runs.collect(
-        args.model, args.demos[0], domain=args.domain[0] if args.domain else None, progress=not args.quiet
-    )
+    statistics = runs.collect(args.model, pair_domains(args.demos, args.domain), progress=not args.quiet)
     statistics.save(args.out)
     print(summary(args.out, statistics))
     return 0

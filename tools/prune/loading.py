@@ -90,6 +90,8 @@ def loading_options(config: Any, dtype: str) -> dict[str, Any]:
     if dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is not one of {", ".join(DTYPES)}')
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "config": config}
+    if options["dtype"] == torch.float64:  # grouped products of matrices stop at float32
+        options["experts_implementation"] = "eager"
     stored = quantisation(config)
     if stored.get("quant_method") in DEQUANTISED:
         from transformers.quantizers.auto import AutoQuantizationConfig
