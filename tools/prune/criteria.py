@@ -138,7 +138,10 @@ def aimer(statistics: Statistics, domain: str, seed: int = 0) -> np.ndarray:
     unspecialised experts. A is at most 1, so 1 - A is a score as the others are, and no demonstration changes it.
     """
     if "aimer" not in statistics.weights:
-        raise ValueError("the statistics hold no AIMER numbers of the weights: collect them again with --aimer")
+        raise ValueError(
+            "the statistics hold no AIMER numbers of the weights: they are not taken from packed, quantised weights; "
+            "collect from the checkpoint before quantisation"
+        )
     return 1 - statistics.weights["aimer"]
 
 

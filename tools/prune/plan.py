@@ -11,7 +11,8 @@ What happens to the router is the policy:
     slice               its rows and biases of pruned experts go; a grouped router becomes an ungrouped one
     slice-equal-groups  the same number of experts stays in every group, and the groups stay: exactly the masked model
     slice-regroup       the groups are cut anew from the survivors: loads everywhere, but is not the masked model
-    keep-rows           the router keeps all rows beside a map of ids: only an engine that reads the map can run it
+    keep-rows           the router keeps all rows beside a map of ids: only an engine that reads the map can run it, as
+                        the layers of this library do
 """
 
 from __future__ import annotations
@@ -661,7 +662,7 @@ def _notes(
             "groups are cut anew from the survivors, so other experts are chosen than by the masked model: check with "
             "evaluate, or use slice-equal-groups"
         )
-    if plan.policy == "keep-rows":
+    if plan.policy == "keep-rows" and not is_own(plan.model):
         notes.append(
             "the router keeps its rows: stock engines cannot load the result, only one that reads the map of ids"
         )

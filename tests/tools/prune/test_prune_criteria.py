@@ -117,5 +117,5 @@ def test_what_is_missing_is_said(statistics):
     with pytest.raises(ValueError, match='no domain "prose": choose one of code'):
         score(statistics, "prose")
     bare = Statistics(model=statistics.model, domains=statistics.domains)
-    with pytest.raises(ValueError, match="collect them again with --aimer"):
+    with pytest.raises(ValueError, match="before quantisation"):
         score(bare, "code", "aimer")

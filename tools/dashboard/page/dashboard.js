@@ -227,9 +227,9 @@ const tipRow = (name, value, colour) => el("div", { class: "row" }, el("span", {
  * A map of cells on canvas. colour(r, c) -> CSS colour or null; mark(r, c) -> "more" | "less" | "none" | null draws the
  * sign of a clipped or empty cell; tip(r, c) -> nodes; pick(r, c) on click. `tree` draws a dendrogram above.
  */
-export function heatMap(app, { width, rows, columns, colour, mark, rowText, columnText, tip, pick, label, legend, square = false, triangle = false, rowTitle, columnTitle, tree, tall, chosen, cellText }) {
+export function heatMap(app, { width, rows, columns, colour, mark, rowText, columnText, tip, pick, label, legend, square = false, triangle = false, rowTitle, columnTitle, tree, tall, chosen, cellText, indent }) {
   const theme = app.theme;
-  const left = rowText ? 46 : 20, top = (tree ? 58 : 0) + 4;
+  const left = indent ?? (rowText ? 46 : 20), top = (tree ? 58 : 0) + 4;
   const wide = Math.max(1, (width - left - 8) / columns);
   const side = square ? Math.min(wide, columns > 16 ? 26 : 36) : Math.min(wide, 110);
   const high = square ? side : tall ?? (rows <= 8 && side > 36 ? 34 : Math.min(20, Math.max(5, 420 / rows)));
