@@ -31,6 +31,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import core_model_loading
 
+from .checkpoint import Checkpoint
 from .loading import DEQUANTISED, checkpoint_folder, load_config, loading_options, quantisation, quiet
 from .model import moe_blocks
 
@@ -73,6 +74,7 @@ class LayerwiseModel:
         plain = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
         if plain is None:
             raise ValueError(f"{kind}: transformers has no causal language model of it")
+        Checkpoint.open(folder)  # says what is wrong with its files
         kept: dict[str, Any] = {}
 
         def defer(model, state_dict, checkpoint_files, load_config, expected_keys=None):
@@ -275,11 +277,6 @@ def _stack_of(model: nn.Module, kind: str) -> str:
 def _files_by_key(checkpoint_files: Sequence[str] | None) -> dict[str, Path]:
     files = {}
     for file in checkpoint_files or []:
-        if not str(file).endswith(".safetensors"):
-            raise ValueError(
-                f"{file} is not safetensors, so layers cannot be read from it one by one: save the model again with "
-                "save_pretrained"
-            )
         with safetensors.safe_open(file, framework="pt") as stream:
             files |= dict.fromkeys(stream.keys(), Path(file))
     return files

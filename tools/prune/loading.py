@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+from .checkpoint import Checkpoint
+
 DTYPES = {
     "auto": "auto",
     "bfloat16": torch.bfloat16,
@@ -77,6 +79,7 @@ def load_model(folder: str | Path, *, dtype: str = "auto", device: str | torch.d
         ValueError: it cannot be loaded; with the reason.
     """
     config = load_config(folder)
+    Checkpoint.open(folder)  # says what is wrong with its files
     try:
         with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **loading_options(config, dtype))
