@@ -833,8 +833,18 @@ def run(args: argparse.Namespace) -> int:
         bytes_at=bytes_at,
         source=args.model or statistics.model.get("source", ""),
     )
+    sizes = None
+    if args.model is not None:
+        from .sizes import predicted_and_real
+
+        sizes = predicted_and_real(plan, args.model, None)  # refuses a plan that does not fit, before it is written
     plan.save(out)
     print(plan.summary())
+    if sizes is not None:
+        before, after = sizes["before"], sizes["after"]
+        print(
+            f"weights          {before / 2**30:.2f} GiB before, {after / 2**30:.2f} after ({after / before - 1:+.1%})"
+        )
     print(f"wrote {out} ({plan.hash[:12]})")
     return 0
 

@@ -1,0 +1,133 @@
+"""From a checkpoint folder and a JSONL file to a pruned, verified checkpoint, by the command line alone."""
+
+import json
+
+import browser
+import pytest
+import torch
+from prune_models import copied, tiny
+from prune_text import BYTES_VOCABULARY, TEMPLATE, byte_tokenizer, write_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gatewright.tools.cli import main
+from gatewright.tools.prune.mask import masked
+from gatewright.tools.prune.plan import Plan
+from gatewright.tools.prune.statistics import Statistics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen3-MoE with a tokenizer of bytes, in two shards, and two domains' demonstrations."""
+    here = tmp_path_factory.mktemp("walk")
+    source = tiny("qwen3_moe", vocab_size=BYTES_VOCABULARY, max_position_embeddings=256, shard_size="200KB")
+    byte_tokenizer(TEMPLATE).save_pretrained(copied(source, here / "model"))
+    assert len(list((here / "model").glob("*.safetensors"))) > 1
+    sums = [{"prompt": f"{i} + {i}?", "answer": f"{2 * i}, as {i} twice is {2 * i}."} for i in range(12)]
+    write_lines(here / "sums.jsonl", *sums)
+    write_lines(here / "words.jsonl", *({"text": "a word and another word, " * (1 + i % 3)} for i in range(6)))
+    return here
+
+
+@pytest.fixture(scope="module")
+def walked(folder):
+    """All steps, in the order of the walk-through."""
+
+    def step(*argv: object) -> None:
+        assert main(["prune", *map(str, argv)]) == 0, argv
+
+    model, stats, plan, out = folder / "model", folder / "stats", folder / "plan.json", folder / "pruned"
+    step("inspect", model, "--keep", "0.5")
+    demos = (
+        "--demos",
+        folder / "sums.jsonl",
+        "--domain",
+        "sums",
+        "--demos",
+        folder / "words.jsonl",
+        "--domain",
+        "words",
+    )
+    step("collect", model, *demos, "--out", stats, "--device", "cpu", "--quiet")
+    step("plan", stats, "--keep", "0.5", "--criterion", "easy-ep", "--domain", "sums", "--model", model, "--out", plan)
+    step("dry-run", plan, "--model", model)
+    data = ("--data", folder / "sums.jsonl", "--domain", "sums")
+    choice = ("--keep", "0.75", "0.5", "--criteria", "easy-ep", "random", "--choose-on", "sums")
+    step("evaluate", model, "--stats", stats, *choice, *data, "--device", "cpu", "--out", folder / "evaluation.json")
+    step("apply", plan, "--model", model, "--out", out)
+    step("verify", plan, "--model", model, "--pruned", out)
+    given = ("--stats", stats, "--evaluation", folder / "evaluation.json", "--model", model, "--pruned", out)
+    step("report", plan, *given, "--out", folder / "report.html")
+    return folder
+
+
+def test_the_output_is_an_ordinary_checkpoint_with_the_masked_models_logits(walked):
+    plan = Plan.load(walked / "plan.json")
+    pruned = AutoModelForCausalLM.from_pretrained(walked / "pruned")
+    whole = AutoModelForCausalLM.from_pretrained(walked / "model")
+    ids = AutoTokenizer.from_pretrained(walked / "pruned")("7 + 7?", return_tensors="pt").input_ids
+    assert pruned.config.num_experts == plan.count == 4
+    with torch.no_grad():
+        with masked(whole, plan.keep):
+            expected = whole(ids).logits
+        assert torch.equal(pruned(ids).logits, expected)
+        assert not torch.equal(whole(ids).logits, expected)
+
+
+def test_the_plan_replays_and_belongs_to_the_files(walked):
+    statistics, plan = Statistics.load(walked / "stats"), Plan.load(walked / "plan.json")
+    assert list(statistics.domains) == ["sums", "words"] and statistics.domains["sums"].demos == 12
+    assert plan.replay(statistics).hash == plan.hash
+    assert plan.statistics_sha256 == statistics.sha256
+    assert dict(plan.domains) == {"sums": 1.0}
+
+
+def test_the_plan_was_measured_before_it_was_written(walked):
+    cases = json.loads((walked / "evaluation.json").read_text())["cases"]
+    plan = Plan.load(walked / "plan.json")
+    assert [one["plan_hash"] == plan.hash for one in cases] == [False, True, False, False]
+    assert {one["criterion"] for one in cases} == {"easy-ep", "random"}
+
+
+@pytest.mark.skipif(bool(browser.MISSING), reason="needs a browser")
+def test_the_report_shows_all_of_it(walked):
+    with browser.Browser() as page:
+        page.open(walked / "report.html")
+        page.wait("return document.querySelector('main .page')")
+        tiles = page.run("return [...document.querySelectorAll('.tile')].map((one) => one.textContent)")
+        assert len(tiles) == 6 and "4 of 8" in tiles[0]
+        for name in ("cut", "mass", "agreement", "loss", "size"):
+            page.run("document.querySelector(arguments[0]).click()", f"[data-page={name}]")
+            assert page.run("return document.querySelectorAll('main .missing').length") == 0, name
+        said = page.run("return document.querySelector('#fig-size .note').textContent")
+        assert "has the predicted size to the byte" in said
+        assert page.console() == []
+
+
+def test_a_spoiled_output_is_found_out(walked, tmp_path, capsys):
+    spoiled = copied(walked / "pruned", tmp_path / "spoiled")
+    file = sorted(spoiled.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert (
+        main(["prune", "verify", str(walked / "plan.json"), "--model", str(walked / "model"), "--pruned", str(spoiled)])
+        != 0
+    )
+    assert "V0  FAILED" in capsys.readouterr().out.replace("failed", "FAILED")
+
+
+def test_refusals_come_before_anything_is_written(walked, tmp_path, capsys):
+    model, plan = str(walked / "model"), str(walked / "plan.json")
+    for argv in (
+        ["apply", plan, "--model", model, "--out", model],
+        ["apply", plan, "--model", model, "--out", str(walked / "pruned")],
+        ["apply", plan, "--model", str(tmp_path), "--out", str(tmp_path / "out")],
+        ["dry-run", str(walked / "stats"), "--model", model],
+        ["collect", model, "--demos", plan, "--out", str(tmp_path / "out")],
+        ["verify", plan, "--model", model, "--pruned", str(tmp_path)],
+    ):
+        assert main(["prune", *argv]) == 2, argv
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("gatewright: error: "), error
+    assert list(tmp_path.iterdir()) == []
