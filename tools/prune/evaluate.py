@@ -221,7 +221,7 @@ def _outputs(
 
 
 class _Counts:
-    """How often the whole model routes each domain's counting tokens to each expert."""
+    """How often the whole model routes the tokens that predict one that counts to each expert, by domain."""
 
     def __init__(self, model: nn.Module, data: Sequence[Demo]) -> None:
         self._blocks = {block.layer: block.num_experts for block in moe_blocks(model)}
@@ -239,7 +239,7 @@ class _Counts:
                 return  # a metric's own forwards
             demo = self._group[self._turn.setdefault(layer.layer, 0)]
             self._turn[layer.layer] += 1
-            index = layer.index[max(demo.answer_start, 1) - 1 :].cpu().numpy()
+            index = layer.index[max(demo.answer_start, 1) - 1 : -1].cpu().numpy()
             self._table[demo.domain][layer.layer] += np.bincount(index[index >= 0], minlength=self._blocks[layer.layer])
 
         with observe(model, add):
@@ -389,11 +389,8 @@ def _run_own(args: argparse.Namespace) -> int:
     if not args.plan:
         raise ValueError(f"{args.model} is a run of this library: measure plans of it with --plan")
     refuse_changed(args, add_arguments, ["--data", "-"], ("plan", "demos", "out"))
-    found = {str(file): runs.evaluate(args.model, Plan.load(file)) for file in args.plan}
-    for name, losses in found.items():
-        print(name)
-        for label, whole in losses["full"].items():
-            print(f"  {label}: {whole:.4f} whole, {losses['pruned'][label]:.4f} pruned")
+    found = runs.evaluate(args.model, {str(file): Plan.load(file) for file in args.plan})
+    print("\n".join(runs.loss_table(found)))
     if args.out is not None:
         write_text(args.out, json.dumps(found, indent=1) + "\n")
     return 0

@@ -250,7 +250,8 @@ def _move(model: nn.Module, device: torch.device) -> None:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The model without its head: no logits of a long sequence over a whole vocabulary are made."""
-    return model.base_model
+    base = model.base_model
+    return getattr(model, "model", model) if base is model else base
 
 
 def _stack_of(model: nn.Module, kind: str) -> str:

@@ -28,7 +28,7 @@ def test_layers_of_several_kinds_go_through_in_order():  # chunked and full atte
     folder = tiny("llama4_text", shard_size="100KB", attention_chunk_size=4)
     whole, seen = load_model(folder), []
     with torch.no_grad():
-        expected = [whole.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state for ids in IDS]
+        expected = [whole.model(torch.tensor([ids]), use_cache=False).last_hidden_state for ids in IDS]
     model = LayerwiseModel.open(folder)
     with observe(model.model, lambda layer: seen.append((layer.layer, layer.shape[1]))):
         assert list(model.run(IDS)) == [0, 1, 2, 3]
