@@ -194,6 +194,8 @@ def read_shard(folder: Path, file: str) -> Shard:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
+            if prefix == b"version ":
+                raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")
             if len(prefix) < 8 or length > size - 8:
                 raise ValueError(
                     f"{path} is truncated: it has {size:,} bytes, its header alone would take {8 + length:,}; "

@@ -321,7 +321,7 @@ def _first(checkpoint: Checkpoint, layout: Layout, count: int) -> "Plan":
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------------------------- words
 
 
 def _groups(layout: Layout) -> str:
@@ -336,8 +336,8 @@ def _policies(layout: Layout, count: int) -> str:
     fits = count % layout.num_groups == 0 and each >= layout.family.group_score
     if fits and (layout.top_k or 1) <= layout.topk_group * each:
         return (
-            f"slice-equal-groups keeps {each} of each group, and its routing is exactly the masked model's; slice keeps "
-            f"any {count} and drops the groups"
+            f"slice-equal-groups keeps {each} of each group, and its routing is exactly the masked model's; slice "
+            f"keeps any {count} and drops the groups"
         )
     step = max(layout.family.group_score, math.ceil((layout.top_k or 1) / layout.topk_group)) * layout.num_groups
     return (

@@ -223,8 +223,8 @@ def check_plan(checkpoint: Checkpoint, layout: Layout, plan: "Plan") -> list[str
             raise ValueError(
                 f"{plan.count} experts in {plan.num_groups} groups, {plan.topk_group} of them for a token's "
                 f'{plan.top_k}: "{layout.family.model_type}" needs as many in each group, '
-                f"{layout.family.group_score} or more, and enough for top-k; keep another count, or drop the groups with "
-                "policy slice"
+                f"{layout.family.group_score} or more, and enough for top-k; keep another count, or drop the groups "
+                "with policy slice"
             )
     if model["header_hash"] != checkpoint.header_hash:
         return [
