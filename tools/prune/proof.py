@@ -1,9 +1,9 @@
 """Which families of the installed transformers can be pruned, shown on a tiny model of each.
 
 A family is proven when a random model of its class is saved, pruned on disk by ``apply`` to different experts in every
-layer, loaded again by stock ``from_pretrained`` with no key amiss (V1), and gives the logits of the masked model bit for
-bit under every experts implementation that it has (V2); with a grouped router under every policy that can be written.
-Everything else is refused, with the reason that a user would get.
+layer, loaded again by stock ``from_pretrained`` with no key amiss (V1), and gives the logits of the masked model bit
+for bit under every experts implementation that it has (V2); with a grouped router under every policy that can be
+written. Everything else is refused, with the reason that a user would get.
 """
 
 from __future__ import annotations

@@ -131,10 +131,12 @@ def model_class(model_type: str) -> type[nn.Module]:
 
 
 def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> nn.Module:
-    model = model_class(model_type)(tiny_config(model_type, **changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-            if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or "bias" in name):
-                tensor.copy_(tensor + 0.1 * torch.randn(tensor.shape, generator=generator))
+    """A random model, the same for the same arguments; norms, biases and correction biases are random too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(model_type)(tiny_config(model_type, **changes))
+        with torch.no_grad():
+            for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+                if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or "bias" in name):
+                    tensor.add_(0.1 * torch.randn(tensor.shape))
     return model.eval()
