@@ -6,6 +6,7 @@ import sys
 import pytest
 from made_up_statistics import made_up_statistics
 
+from gatewright.tools import prune
 from gatewright.tools.cli import main
 from gatewright.tools.prune.command import STEPS
 from gatewright.tools.prune.plan import Plan
@@ -38,6 +39,14 @@ def test_every_step_explains_itself(step, capsys):
         main(["prune", step, "--help"])
     assert left.value.code == 0
     assert f"usage: gatewright prune {step}" in capsys.readouterr().out
+
+
+def test_public_names():
+    assert set(prune.__all__) == set(prune._HOME)
+    for name in prune.__all__:
+        assert getattr(prune, name).__name__ == name and name in dir(prune)
+    with pytest.raises(AttributeError, match="no attribute 'prune_everything'"):
+        _ = prune.prune_everything
 
 
 @pytest.mark.parametrize("step", NO_TORCH)
