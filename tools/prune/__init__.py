@@ -7,7 +7,7 @@
 
     folder = "Qwen3-30B-A3B"
     model = load_model(folder)
-    demos = [Demo(where="the first", domain="code", input_ids=ids), ...]
+    demos = [Demo(where="the first", domain="code", input_ids=ids, answer_start=0), ...]
     statistics = collect(model, demos, folder=folder)
     plan = make_plan(statistics, keep=0.5)
     with masked_by(model, plan):  # to be measured before a file is written
