@@ -273,6 +273,28 @@ def evaluate(
     return found
 
 
+def loss_table(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The lines of what ``evaluate`` returned: a row a class, a column the full model and each plan."""
+    width = max(len(name) for name in found)
+    lines = ["  ".join([f"{'class':>8}", *(f"{name:>{width}}" for name in found)])]
+    for label in found[FULL]:
+        lines.append("  ".join([f"{label:>8}", *(f"{losses[label]:{width}.4f}" for losses in found.values())]))
+    means = (sum(losses.values()) / len(losses) for losses in found.values())
+    return [*lines, "  ".join([f"{'mean':>8}", *(f"{mean:{width}.4f}" for mean in means)])]
+
+
+def size_table(sizes: Mapping[str, Any]) -> list[str]:
+    """The lines of what ``inspect`` and ``dry_run`` return."""
+    lines = [
+        f"layer {layer}: router {about['router']}, {about['experts']} routed experts, {about['kept']} kept"
+        for layer, about in sizes["layers"].items()
+    ]
+    for what, unit, scale in (("parameters", "M", 1e6), ("bytes", "MB", 1e6)):
+        before, after = sizes[f"{what}_before"], sizes[f"{what}_after"]
+        lines.append(f"{what}: {before / scale:.2f} {unit} -> {after / scale:.2f} {unit} ({after / before:.0%})")
+    return lines
+
+
 def masked_by(model: nn.Module, plan: Plan, mode: str | None = None):
     """``restriction.masked`` with what a plan says; by default in the mode that its policy makes files of."""
     mode = mode or ("no-reroute" if plan.policy == KEEP_ROWS else "reroute")
