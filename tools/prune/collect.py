@@ -631,8 +631,13 @@ def summary(file: Path, statistics: Statistics) -> str:
 def _run_own(args: argparse.Namespace) -> int:
     from . import runs
 
-    refuse_changed(args, add_arguments, ["--demos", "-", "--out", "-"], ("out", "demos", "domain", "quiet"))
-    statistics = runs.collect(args.model, pair_domains(args.demos, args.domain), progress=not args.quiet)
+    refuse_changed(args, add_arguments, ["--demos", "-", "--out", "-"], ("out", "demos", "domain", "device", "quiet"))
+    statistics = runs.collect(
+        args.model,
+        pair_domains(args.demos, args.domain),
+        device=str(pick_device(args.device)),
+        progress=not args.quiet,
+    )
     statistics.save(args.out)
     print(summary(args.out, statistics))
     return 0
@@ -653,7 +658,8 @@ def refuse_changed(
     add(parser)
     for name, usual in vars(parser.parse_args(["-", *required])).items():
         if name not in ("model", *allowed) and getattr(args, name) != usual:
-            raise ValueError(f"--{name.replace('_', '-')} is for checkpoints of transformers; {args.model} is a run")
+            option = "data" if name == "demos" else name.replace("_", "-")
+            raise ValueError(f"--{option} is for checkpoints of transformers; {args.model} is a run")
 
 
 def _check_out(out: Path) -> None:

@@ -657,7 +657,8 @@ def add_arguments(parser: argparse.ArgumentParser, flag: str = "--demos") -> Non
         dest="demos",
         type=Path,
         action="append",
-        required=True,
+        default=[],
+        required=flag == "--demos",
         metavar="FILE",
         help='JSON lines with "prompt" and "answer", "messages", "text" or "input_ids"; may be repeated',
     )

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 
 from ...moe.files import write_text
 from . import demos as demos_module
+from .checkpoint import Checkpoint
 from .collect import TOKENS_AT_ONCE, add_model_arguments, groups_of, load_demos, open_model, refuse_changed
 from .criteria import criterion_of
 from .demos import Demo
 from .layerwise import LayerwiseModel, backbone
+from .loading import pick_device
 from .mask import MODES, masked_by
 from .model import LayerObservation, moe_blocks, observe
 from .plan import Plan, make_plan, parse_keep
@@ -265,15 +267,21 @@ class _Counts:
 
 def _describe(case: Case) -> dict[str, Any]:
     plan = case.plan
+    counts = set(plan.counts.values())
     return {
         "criterion": plan.criterion,
         "domains": dict(plan.domains),
         "keep": case.keep,
-        "count": plan.count,
+        "count": counts.pop() if len(counts) == 1 else sum(plan.counts.values()) / len(plan.counts),
         "policy": plan.policy,
         "mode": case.mode,
         "plan_hash": plan.hash,
     }
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    mode = "" if row["mode"] == "reroute" else f" {row['mode']}"
+    return f"{row['criterion']} {row['count']:g}{mode}"
 
 
 def _exp(value: float) -> float | None:
@@ -309,40 +317,45 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either --stats, to sweep, or --plan")
     if args.out is not None and not args.out.parent.is_dir():
         raise ValueError(f"{args.out.parent}, where --out should go, is no folder: make it first")
-    if is_run_folder(args.model):
-        return _run_own(args)
-    if args.plan:
-        cases = [Case(plan, mode) for plan in map(Plan.load, args.plan) for mode in args.mode]
+    own = is_run_folder(args.model)
+    cases = _cases(args)
+    about = dict(cases[0].plan.model)
+    if own:
+        found = _evaluate_own(args, cases)
     else:
-        cases = sweep(
-            Statistics.load(args.stats),
-            keep=[parse_keep(keep) for keep in args.keep],
-            criteria=args.criteria,
-            modes=args.mode,
-            domains=args.choose_on,
-            policy=args.policy,
-            seed=args.seed,
+        if not args.demos:
+            raise ValueError("--data is needed: files like demonstrations, on which losses are measured")
+        _check_same_model(args.model, cases)
+        data, model = load_demos(args, lambda: open_model(args))
+        table = _Table(list(dict.fromkeys(demo.domain for demo in data)))
+        print(table.header(), flush=True)
+        found = evaluate(
+            model, data, cases, tokens_at_once=args.tokens_at_once, report=lambda row: print(table.row(row), flush=True)
         )
-    about = _same_model(args.model, cases)
-    data, model = load_demos(args, lambda: open_model(args))
-    table = _Table(list(dict.fromkeys(demo.domain for demo in data)))
-    print(table.header(), flush=True)
-    found = evaluate(
-        model, data, cases, tokens_at_once=args.tokens_at_once, report=lambda row: print(table.row(row), flush=True)
-    )
     if args.out is not None:
         write_text(args.out, json.dumps({"format": FORMAT, "kind": KIND, "model": about, **found}, indent=1) + "\n")
     return 0
 
 
-def _same_model(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
-    """The description of the model that the plans are of.
+def _cases(args: argparse.Namespace) -> list[Case]:
+    if args.plan:
+        return [Case(plan, mode) for plan in map(Plan.load, args.plan) for mode in args.mode]
+    return sweep(
+        Statistics.load(args.stats),
+        keep=[parse_keep(keep) for keep in args.keep],
+        criteria=args.criteria,
+        modes=args.mode,
+        domains=args.choose_on,
+        policy=args.policy,
+        seed=args.seed,
+    )
 
-    Raises:
-        ValueError: this is another checkpoint.
+
+def _check_same_model(folder: Path, cases: Sequence[Case]) -> None:
     """
-    from .checkpoint import Checkpoint
-
+    Raises:
+        ValueError: the plans are of another checkpoint.
+    """
     found = Checkpoint.open(folder).header_hash
     for case in cases:
         made_for = case.plan.model.get("header_hash")
@@ -351,7 +364,6 @@ def _same_model(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
                 f"{folder} is not the checkpoint that the statistics were collected from "
                 f"({case.plan.model['name']}): their tensors differ"
             )
-    return dict(cases[0].plan.model)
 
 
 class _Table:
@@ -367,10 +379,7 @@ class _Table:
         return f"{'':30}{'  '.join(['', *cells])}\n{'':30}{'  '.join(['', *explained])}"
 
     def row(self, row: Mapping[str, Any]) -> str:
-        name = "whole model"
-        if "plan_hash" in row:
-            mode = "" if row["mode"] == "reroute" else " no-reroute"
-            name = f"{row['criterion']} {row['count']}{mode}"
+        name = _name(row) if "plan_hash" in row else "whole model"
         cells = []
         for domain, width in zip(self._domains, self._widths, strict=True):
             perplexity = row["perplexity"][domain]
@@ -383,14 +392,22 @@ class _Table:
         return f"{name:30}{'  '.join(['', *cells])}"
 
 
-def _run_own(args: argparse.Namespace) -> int:
+def _evaluate_own(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
+    """Of a run of this library: its own held-out loss, by class."""
     from . import runs
 
-    if not args.plan:
-        raise ValueError(f"{args.model} is a run of this library: measure plans of it with --plan")
-    refuse_changed(args, add_arguments, ["--data", "-"], ("plan", "demos", "out"))
-    found = runs.evaluate(args.model, {str(file): Plan.load(file) for file in args.plan})
-    print("\n".join(runs.loss_table(found)))
-    if args.out is not None:
-        write_text(args.out, json.dumps(found, indent=1) + "\n")
-    return 0
+    chosen = ("stats", "keep", "criteria", "choose_on", "policy", "seed", "plan", "mode", "device", "out")
+    refuse_changed(args, add_arguments, [], chosen)
+    names = [_name(_describe(case)) for case in cases]
+    device, found = str(pick_device(args.device)), {}
+    for mode in dict.fromkeys(case.mode for case in cases):
+        plans = {str(place): case.plan for place, case in enumerate(cases) if case.mode == mode}
+        found |= runs.evaluate(args.model, plans, mode=mode, device=device)
+    full = found.pop(runs.FULL)
+    losses = [found[str(place)] for place in range(len(cases))]
+    print("\n".join(runs.loss_table({runs.FULL: full, **dict(zip(names, losses, strict=True))})))
+    rows = [
+        {**_describe(case), "loss": loss, "delta": {label: loss[label] - full[label] for label in loss}}
+        for case, loss in zip(cases, losses, strict=True)
+    ]
+    return {"data": {label: {} for label in full}, "full": {"loss": full}, "cases": rows}

@@ -27,12 +27,11 @@ from typing import Any
 
 import safetensors
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import core_model_loading
 
 from .checkpoint import Checkpoint
-from .loading import DEQUANTISED, checkpoint_folder, load_config, loading_options, quantisation, quiet
+from .loading import DEQUANTISED, checkpoint_folder, load_config, loading_options, model_class, quantisation, quiet
 from .model import moe_blocks
 
 
@@ -71,9 +70,7 @@ class LayerwiseModel:
                 f'{kind}: weights quantised by "{method}" cannot be loaded layer by layer '
                 f"(only {' and '.join(DEQUANTISED)} can): collect from the checkpoint before quantisation"
             )
-        plain = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
-        if plain is None:
-            raise ValueError(f"{kind}: transformers has no causal language model of it")
+        plain = model_class(config)
         Checkpoint.open(folder)  # says what is wrong with its files
         kept: dict[str, Any] = {}
 

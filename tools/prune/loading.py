@@ -70,7 +70,7 @@ def load_config(folder: str | Path) -> Any:
 
 
 def load_model(folder: str | Path, *, dtype: str = "auto", device: str | torch.device = "cpu") -> nn.Module:
-    """The checkpoint's causal language model in evaluation mode, whole on one device.
+    """The checkpoint's model (``model_class``) in evaluation mode, whole on one device.
 
     Args:
         dtype: one of ``DTYPES``; "auto" is as stored. FP8 and MXFP4 weights become plain numbers on the way.
@@ -82,10 +82,21 @@ def load_model(folder: str | Path, *, dtype: str = "auto", device: str | torch.d
     Checkpoint.open(folder)  # says what is wrong with its files
     try:
         with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **loading_options(config, dtype))
+            model = model_class(config).from_pretrained(folder, **loading_options(config, dtype))
     except (ValueError, ImportError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{folder} cannot be loaded: {_first_line(error)}") from None
     return model.to(device).eval()
+
+
+def model_class(config: Any) -> type[nn.Module]:
+    """The class that the checkpoint's configuration names, or else transformers' causal language model of its kind."""
+    for name in getattr(config, "architectures", None) or ():
+        if isinstance(getattr(transformers, name, None), type):
+            return getattr(transformers, name)
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise ValueError(f"{config.model_type}: transformers has no causal language model of it")
+    return mapping[type(config)]
 
 
 def loading_options(config: Any, dtype: str) -> dict[str, Any]:

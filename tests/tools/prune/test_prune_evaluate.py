@@ -253,3 +253,31 @@ def test_cases_can_be_made_by_hand(collected):
     (case,) = sweep(statistics, keep=(4,))
     (row,) = evaluate(model, made_data(), [Case(case.plan, "no-reroute")])["cases"]
     assert row["keep"] is None and row["mode"] == "no-reroute"
+
+
+# a run of this library
+
+
+def test_a_run_is_collected_from_and_measured_by_the_same_commands(tmp_path, capsys):
+    from made_run import make_run
+
+    from gatewright.recipes.models.dit_pruning import draw_demonstrations
+    from gatewright.tools.prune import runs
+
+    run, stats, out = tmp_path / "run", tmp_path / "stats", tmp_path / "evaluation.json"
+    make_run(run)
+    demos = draw_demonstrations(runs.open_run(run).subject.data, (0, 1), 3, images=2, draws=2)
+    file = write_lines(tmp_path / "digits.jsonl", *(demo.record() for demo in demos))
+    assert cli.main(["prune", "collect", str(run), "--demos", str(file), "--out", str(stats), "--device", "cpu"]) == 0
+    assert "digits: 3 demonstrations" in capsys.readouterr().out
+    assert command(run, "--stats", stats, "--keep", "4", "--criteria", "easy-ep", "random", "--out", out) == 0
+    found = json.loads(out.read_text())
+    assert found["kind"] == "gatewright pruning evaluation" and found["model"]["model_type"].startswith("gatewright/")
+    assert [(row["criterion"], row["count"]) for row in found["cases"]] == [("easy-ep", 4), ("random", 4)]
+    for row in found["cases"]:
+        assert row["loss"].keys() == found["full"]["loss"].keys() == found["data"].keys()
+        for label, loss in row["loss"].items():
+            assert row["delta"][label] == loss - found["full"]["loss"][label]
+    assert "easy-ep 4" in capsys.readouterr().out
+    assert command(run, "--stats", stats, "--data", file) == 2
+    assert "--data is for checkpoints" in capsys.readouterr().err
