@@ -140,11 +140,8 @@ class Plan:
         if groups == 1 or self.policy == "keep-rows":
             return
         count = len(next(iter(self.keep.values())))
-        each = count // groups
-        family = FAMILIES.get(self.model["model_type"])
-        needed = 2 if family is None else family.group_score  # two serve every rule that is known
-        if count % groups or each < needed or self.top_k > chosen * each:
-            fits = max(needed, math.ceil(self.top_k / chosen)) * groups
+        fits = _least_in_groups(self.model, self.top_k)
+        if count % groups or count < fits:
             up = max(fits, math.ceil(count / groups) * groups)
             raise ValueError(
                 f"{count} experts in {groups} groups, {chosen} of which serve a token's {self.top_k}: keep a multiple "
@@ -154,10 +151,10 @@ class Plan:
             size = N // groups
             for layer, ids in self.keep.items():
                 found = [sum(one // size == group for one in ids) for group in range(groups)]
-                if set(found) != {each}:
+                if len(set(found)) > 1:
                     raise ValueError(
                         f"layer {layer} keeps {found} experts of its groups, and policy slice-equal-groups wants "
-                        f"{each} of each: use budget equal-groups, or policy slice"
+                        f"{count // groups} of each: use budget equal-groups, or policy slice"
                     )
 
     def _check_mtp(self) -> None:
@@ -390,7 +387,7 @@ def make_plan(
         raise ValueError(f"top_k is {top_k}: from 1 to the {model['top_k']:g} experts a token that the model has")
     least = max(1, math.ceil(top_k))
     groups = model["num_groups"] if policy in ("slice-equal-groups", "slice-regroup") else 1
-    counts = _counts(model, keep, groups, bytes_at)
+    counts = _counts(model, keep, groups, least if groups == 1 else _least_in_groups(model, top_k), bytes_at)
     if floor is not None and budget != "global":
         raise ValueError("floor is the least of a layer in a global budget: leave it out, or use budget global")
     if floor is not None and floor < least:
@@ -518,12 +515,12 @@ def _policy(model: Mapping[str, Any], policy: str | None, budget: str | None) ->
 
 
 def _counts(
-    model: Mapping[str, Any], keep: int | float | str, groups: int, bytes_at: Callable[[int], int] | None
+    model: Mapping[str, Any], keep: int | float | str, groups: int, least: int, bytes_at: Callable[[int], int] | None
 ) -> np.ndarray:
     """How many each layer keeps, [L], if all keep the same share or number."""
     sizes = np.array(model["experts_per_layer"])
     if isinstance(keep, str):
-        return np.minimum(_count_within(model, keep, groups, bytes_at), sizes)
+        return np.minimum(_count_within(model, keep, groups, least, bytes_at), sizes)
     if isinstance(keep, int) and not isinstance(keep, bool):
         if not 1 <= keep <= sizes.min():
             raise ValueError(
@@ -537,18 +534,34 @@ def _counts(
     return np.minimum(np.ceil(wanted / groups).astype(int) * groups, sizes)
 
 
-def _count_within(model: Mapping[str, Any], keep: str, groups: int, bytes_at: Callable[[int], int] | None) -> int:
+def _count_within(
+    model: Mapping[str, Any], keep: str, groups: int, least: int, bytes_at: Callable[[int], int] | None
+) -> int:
     limit = parse_size(keep)
     if bytes_at is None:
         raise ValueError(f"keep {keep} is a size, for which the checkpoint's is needed: give its folder with --model")
-    allowed = [count for count in range(groups, model["num_experts"] + 1, groups) if count >= model["top_k"]]
+    allowed = range(math.ceil(least / groups) * groups, model["num_experts"] + 1, groups)
     fitting = [count for count in allowed if bytes_at(count) <= limit]
     if not fitting:
         raise ValueError(
-            f"no pruned checkpoint fits {keep}: with {allowed[0]} experts a layer, the least for "
-            f"{model['top_k']:g} a token, it has {bytes_at(allowed[0]) / 2**30:.2f} GiB"
+            f"no pruned checkpoint fits {keep}: with {allowed[0]} experts a layer, the fewest that its router can "
+            f"choose from, it has {_size(bytes_at(allowed[0]))}"
         )
     return fitting[-1]
+
+
+def _least_in_groups(model: Mapping[str, Any], top_k: float) -> int:
+    """The fewest experts with which a grouped router, its groups kept, finds a token's ``top_k``."""
+    family = FAMILIES.get(model["model_type"])
+    scored = 2 if family is None else family.group_score  # two serve every rule that is known
+    return max(scored, math.ceil(top_k / model["topk_group"])) * model["num_groups"]
+
+
+def _size(count: int) -> str:
+    for unit in ("GiB", "MiB"):
+        if count >= _UNITS[unit.upper()]:
+            return f"{count / _UNITS[unit.upper()]:.2f} {unit}"
+    return f"{count:,} bytes"
 
 
 def parse_size(text: str) -> int:
@@ -842,9 +855,7 @@ def run(args: argparse.Namespace) -> int:
     print(plan.summary())
     if sizes is not None:
         before, after = sizes["before"], sizes["after"]
-        print(
-            f"weights          {before / 2**30:.2f} GiB before, {after / 2**30:.2f} after ({after / before - 1:+.1%})"
-        )
+        print(f"weights          {_size(before)} before, {_size(after)} after ({after / before - 1:+.1%})")
     print(f"wrote {out} ({plan.hash[:12]})")
     return 0
 

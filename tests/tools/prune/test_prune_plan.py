@@ -63,8 +63,11 @@ def test_size(statistics):
     assert plan.replay(statistics).hash == plan.hash
     grouped = make_plan(made_up_statistics(**GROUPED), keep="9.5MB", bytes_at=bytes_at)
     assert grouped.count == 8
-    with pytest.raises(ValueError, match="no pruned checkpoint fits 1MB: with 2 experts a layer"):
+    with pytest.raises(ValueError, match="no pruned checkpoint fits 1MB: with 2 experts a layer.* it has 1.91 MiB"):
         make_plan(statistics, keep="1MB", bytes_at=bytes_at)
+    with pytest.raises(ValueError, match="fits 5MB: with 8 experts a layer"):
+        make_plan(made_up_statistics(**GROUPED), keep="5MB", bytes_at=bytes_at)
+    assert make_plan(statistics, keep="1.5MB", top_k=1, bytes_at=bytes_at).count == 1
     with pytest.raises(ValueError, match="--model"):
         make_plan(statistics, keep="9MB")
 
