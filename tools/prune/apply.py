@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .journal import Finished, Journal, crc32
 from .layout import Layout
 from .run_folder import is_run_folder
-from .target import Target, TargetShard
+from .target import PLAN, Target, TargetShard
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -73,10 +73,11 @@ def apply(
     work = workplace(out)
     files = work / "files"
     identity = _identity(target, plan)
-    if _has_its_name(work, out, model):
-        # Killed between the last two steps of an earlier run.
-        Journal.open(work / "journal", identity).close()
-        shutil.rmtree(work)
+    if _is_finished(work, out, model, target):
+        # An earlier run was killed while it removed what was left over.
+        if (work / "journal").exists():
+            Journal.open(work / "journal", identity).close()
+        _remove(work)
         return Applied(target, tuple(shard.file for shard in target.shards))
     check_out(model, out)
     check_room(target, out, files)
@@ -102,7 +103,7 @@ def apply(
         flush_to_disk(out.parent)
     finally:
         journal.close()
-    shutil.rmtree(work)
+    _remove(work)
     return Applied(target, tuple(reused))
 
 
@@ -112,10 +113,16 @@ def workplace(out: Path) -> Path:
     return out.with_name(f".{out.name}.pruning")
 
 
-def _has_its_name(work: Path, out: Path, model: Path) -> bool:
-    """Whether everything was written and renamed, and only the journal is left over."""
-    finished = (work / "journal").is_file() and not (work / "files").exists()
-    return finished and out.is_dir() and any(out.iterdir()) and out.resolve() != model.resolve()
+def _is_finished(work: Path, out: Path, model: Path, target: Target) -> bool:
+    """Whether everything was written and renamed, and only the workplace is left over."""
+    if not work.is_dir() or (work / "files").exists() or not (out / PLAN).is_file() or out.resolve() == model.resolve():
+        return False
+    return (out / PLAN).read_bytes() == target.texts[PLAN].encode()
+
+
+def _remove(work: Path) -> None:
+    (work / "journal").unlink(missing_ok=True)
+    work.rmdir()
 
 
 def check_out(model: Path, out: Path) -> None:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import math
+import random
 import shutil
 import struct
 import tempfile
@@ -126,3 +127,80 @@ def edited(folder: Path, **changes: object) -> Path:
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}, indent=2) + "\n")
     return folder
+
+
+def plan_of(folder: Path, count: int = 4, *, seed: int = 0, **changes: object):
+    """A plan that keeps other random experts in every layer; `changes` are the plan's fields."""
+    from gatewright.tools.prune.checkpoint import Checkpoint
+    from gatewright.tools.prune.layout import Layout
+    from gatewright.tools.prune.plan import Plan
+
+    checkpoint = Checkpoint.open(folder)
+    model = Layout.of(checkpoint).describe(checkpoint)
+    chance = random.Random(seed)
+
+    def some() -> tuple[int, ...]:
+        return tuple(sorted(chance.sample(range(model["num_experts"]), count)))
+
+    fields = {
+        "model": model,
+        "criterion": "random",
+        "domains": {},
+        "policy": "slice",
+        "keep": {layer: some() for layer in model["layers"]},
+        "top_k": model["top_k"],
+        "mtp": "strip" if model["mtp_layers"] else "none",
+    }
+    return Plan(**(fields | changes))
+
+
+def with_mtp(source: Path, folder: Path) -> Path:
+    """The checkpoint with a fifth layer that predicts a further token, as DeepSeek-V3 and GLM-4 store it."""
+    content = read_folder(source)
+    head = {name.replace("layers.3", "layers.4"): what for name, what in content.items() if ".layers.3." in name}
+    head["model.layers.4.eh_proj.weight"] = ("F32", (2, 2), bytes(range(16)))
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    return write_folder(folder, config, {"model.safetensors": content | head})
+
+
+def quantised(source: Path, folder: Path, method: str, shards: int = 1) -> Path:
+    """The checkpoint with its experts as quantisers store them: made-up numbers under their names and types.
+
+    Args:
+        method: "fp8" (weight, weight_scale_inv), "int4" (weight_packed, weight_scale, weight_shape) or "mxfp4"
+            (fused blocks and scales, of gpt_oss).
+    """
+    chance = random.Random(0)
+    made: Tensors = {}
+
+    def put(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        made[name] = (dtype, shape, chance.randbytes(math.prod(shape) * SIZES[dtype]))
+
+    for name, (dtype, shape, content) in read_folder(source).items():
+        if ".experts." not in name or name.endswith("_bias"):
+            made[name] = (dtype, shape, content)
+        elif method == "fp8":
+            put(name, "F8_E4M3", shape)
+            put(f"{name}_scale_inv", "F32", (1, 1))
+        elif method == "int4":
+            stem = name.removesuffix(".weight")
+            put(f"{stem}.weight_packed", "I32", (shape[0], shape[1] // 8))
+            put(f"{stem}.weight_scale", "BF16", (shape[0], max(1, shape[1] // 32)))
+            put(f"{stem}.weight_shape", "I64", (2,))
+        else:
+            put(f"{name}_blocks", "U8", (shape[0], shape[2], max(1, shape[1] // 32), 16))
+            put(f"{name}_scales", "U8", (shape[0], shape[2], max(1, shape[1] // 32)))
+    kinds = {
+        "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "int4": {"quant_method": "compressed-tensors", "ignore": ["lm_head"]},
+        "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+    }
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": kinds[method]}
+    names = sorted(made)
+    files = {
+        f"model-{i + 1:05}-of-{shards:05}.safetensors": {name: made[name] for name in names[i::shards]}
+        for i in range(shards)
+    }
+    if shards == 1:
+        files = {"model.safetensors": made}
+    return write_folder(folder, config, files)
