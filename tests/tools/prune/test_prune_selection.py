@@ -62,7 +62,7 @@ def least_mass(shares, kept):
 def test_max_min_against_every_subset():
     draw = np.random.default_rng(5)
     exact, ratios = 0, []
-    for case in range(200):
+    for case in range(100):
         D, E = draw.integers(2, 4), int(draw.integers(4, 11))
         M = int(draw.integers(1, E))
         shares = selection.normalised(draw.random((D, 1, E)) ** draw.integers(1, 6))
@@ -74,7 +74,7 @@ def test_max_min_against_every_subset():
         ratios.append(found / best)
         exact += found >= best - 1e-12
     # a search: it missed the best once when this was written, three domains and two of four experts, by 28 %
-    assert exact >= 195, exact
+    assert exact >= 97, exact
     assert np.mean(ratios) > 0.99 and min(ratios) > 0.7, (np.mean(ratios), min(ratios))
 
 
