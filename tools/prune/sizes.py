@@ -390,6 +390,7 @@ def _check_sizes(parallel: Sequence[int]) -> None:
 
 def print_own(found: Mapping, folder: Path) -> None:
     """A run of this library, of which `runs` says the sizes."""
-    print(f"{folder.name}: {found['supported']}; {found['experts']}")
-    for name in ("bytes_before", "bytes_after"):
-        print(f"{name.replace('_', ' ')}  {_gib(found[name])}")
+    from . import runs
+
+    print(f"{folder.name}: {found['model_type']}")
+    print("\n".join(runs.size_table(found)))
