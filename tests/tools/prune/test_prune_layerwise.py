@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from prune_models import THIRTEEN, copied, edited, read, tiny, write
+from safetensors.torch import load_file, save_file
 
 from gatewright.tools.prune.collect import collect, groups_of
 from gatewright.tools.prune.demos import Demo
@@ -165,3 +166,53 @@ def test_a_tokenizer_that_is_broken_is_told_and_none_is_none(tmp_path):
     assert load_tokenizer(bare) is None
     with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tiny("mixtral"))
+
+
+# block-scaled weights
+
+
+def fp8_checkpoint(folder):
+    """DeepSeek-V3 as it is distributed: FP8 projections with a scale for each block, the rest bfloat16."""
+    copied(tiny("deepseek_v3"), folder)
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if tensor.ndim == 2 and name.endswith("_proj.weight"):
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        else:
+            stored[name] = tensor if "bias" in name else tensor.to(torch.bfloat16)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return edited(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+
+
+def mxfp4_checkpoint(folder):
+    """GPT-OSS as it is distributed: two 4-bit numbers a byte, 32 of them a scale; the rest bfloat16."""
+    copied(tiny("gpt_oss", intermediate_size=32), folder)
+    stored, generator = {}, torch.Generator().manual_seed(0)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, rows, columns = tensor.shape
+            for what, shape, span in (("blocks", (rows // 32, 16), (0, 256)), ("scales", (rows // 32,), (118, 122))):
+                numbers = torch.randint(*span, (experts, columns, *shape), generator=generator, dtype=torch.uint8)
+                stored[f"{name}_{what}"] = numbers
+        else:
+            stored[name] = tensor.to(torch.bfloat16)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    return edited(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
+
+
+@pytest.mark.parametrize("made", [fp8_checkpoint, mxfp4_checkpoint])
+def test_scaled_weights_are_the_same_layer_by_layer(made, tmp_path):
+    if made is fp8_checkpoint:
+        pytest.importorskip("accelerate")  # transformers asks for it
+    folder = made(tmp_path / "model")
+    model = load_model(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    whole = collect(model, demos(), folder=folder, progress=False)
+    assert collect(LayerwiseModel.open(folder), demos(), folder=folder, progress=False).sha256 == whole.sha256
+    if made is fp8_checkpoint:  # near the weights that were rounded
+        plain = collect(load_model(tiny("deepseek_v3")), demos(), progress=False)
+        ours, theirs = (found.domains["a"].sums["0,1,0"].sum() for found in (whole, plain))
+        assert ours == pytest.approx(theirs, rel=0.1)
