@@ -183,7 +183,8 @@ def fp8_checkpoint(folder):
         else:
             stored[name] = tensor if "bias" in name else tensor.to(torch.bfloat16)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    return edited(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    how = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    return edited(folder, quantization_config=how, dtype="bfloat16")
 
 
 def mxfp4_checkpoint(folder):
@@ -200,7 +201,8 @@ def mxfp4_checkpoint(folder):
             stored[name] = tensor.to(torch.bfloat16)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    return edited(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
+    how = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    return edited(folder, quantization_config=how, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("made", [fp8_checkpoint, mxfp4_checkpoint])
