@@ -5,7 +5,8 @@
 
 Experts are tensors `<block>.experts.<e>.<rest>`, one set an expert, or `<block>.experts.<rest>` with the experts along
 axis 0; `<block>` is the MoE block. A router tensor is every tensor of the block's router module, and every parameter of
-the block itself, that has an axis as long as there are experts: biases and correction biases are found, not listed, so
+the block itself, that has an axis as long as there are experts, and every vector of that length in a router module
+elsewhere in the decoder layer: biases and correction biases are found, not listed, so
 that a new one is not forgotten. What could be a router tensor and might as well be something else is refused by name.
 """
 
@@ -153,11 +154,14 @@ class _Search:
             self._check_fused(fused[block])
             if single[block]:
                 self._check_single(block, single[block])
-        below = self._below(blocks)
+        below, beside = self._below(blocks), self._beside(blocks)
         layers = []
         for block in blocks:
             index, mtp = self._place(block)
-            router = [(name, self._axis(name)) for name in (*self._router(block, below[block]), *bare[block])]
+            layer = LAYER.match(block)
+            aside = beside[layer[0]] if layer is not None and layer[0] != block else ()
+            names = (*self._router(block, below[block]), *bare[block], *aside)
+            router = [(name, self._axis(name)) for name in names]
             matrices = [name for name, _ in router if not self._is_vector(name)]
             if not matrices:
                 raise self._refusal(f"has experts at {block}, but no router weight of {self.rows} rows beside them")
@@ -258,6 +262,19 @@ class _Search:
                     "experts, or whether one does, cannot be seen"
                 )
             yield name
+
+    def _beside(self, blocks: Iterable[str]) -> dict[str, list[str]]:
+        """For each decoder layer: one number an expert, in a router module that is in no block. A router's bias."""
+        inside = tuple(f"{block}." for block in blocks)
+        beside: dict[str, list[str]] = defaultdict(list)
+        for name in self.checkpoint.tensors:
+            modules = name.split(".")[:-1]
+            if ".experts." in name or not ROUTER_MODULES.intersection(modules) or any(map(SHARED.search, modules)):
+                continue
+            layer = LAYER.match(name)
+            if layer is not None and not name.startswith(inside) and self._is_vector(name):
+                beside[layer[0]].append(name)
+        return beside
 
     def _is_ambiguous(self, name: str, parameter: str) -> bool:
         """Whether an axis as long as there are experts may be another one."""
