@@ -398,6 +398,10 @@ def _evaluate_own(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, 
 
     chosen = ("stats", "keep", "criteria", "choose_on", "policy", "seed", "plan", "mode", "device", "out")
     refuse_changed(args, add_arguments, [], chosen)
+    # what such a plan's files do, whatever was asked for
+    silent = [case for case in cases if case.plan.policy == runs.KEEP_ROWS]
+    once = {case.plan.hash: dataclasses.replace(case, mode="no-reroute") for case in silent}
+    cases = [*(case for case in cases if case.plan.policy != runs.KEEP_ROWS), *once.values()]
     names = [_name(_describe(case)) for case in cases]
     device, found = str(pick_device(args.device)), {}
     for mode in dict.fromkeys(case.mode for case in cases):

@@ -298,6 +298,8 @@ def size_table(sizes: Mapping[str, Any]) -> list[str]:
 def masked_by(model: nn.Module, plan: Plan, mode: str | None = None):
     """``restriction.masked`` with what a plan says; by default in the mode that its policy makes files of."""
     mode = mode or ("no-reroute" if plan.policy == KEEP_ROWS else "reroute")
+    if plan.policy == KEEP_ROWS and mode == "reroute":
+        raise ValueError(f'policy "{KEEP_ROWS}" of a run sends no token elsewhere: measure it in mode "no-reroute"')
     return masked(model, plan.keep, mode, **_changes(plan))
 
 

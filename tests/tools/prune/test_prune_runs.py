@@ -11,6 +11,7 @@ from made_run import make_run, small_config
 from gatewright.moe import moe_layers
 from gatewright.recipes.models.dit import modulate
 from gatewright.recipes.models.dit_pruning import DiTSubject, draw_demonstrations
+from gatewright.tools import cli
 from gatewright.tools.export import export
 from gatewright.tools.prune import runs
 from gatewright.tools.prune.plan import make_plan
@@ -230,6 +231,8 @@ def test_refusals(run, statistics, tmp_path):
     runs.apply(plan_of(statistics, policy="keep-rows"), run, tmp_path / "rows")
     with pytest.raises(ValueError, match='pruned with policy "keep-rows"'):
         runs.open_run(tmp_path / "rows")
+    with pytest.raises(ValueError, match='sends no token elsewhere: measure it in mode "no-reroute"'):
+        runs.evaluate(run, {"rows": plan_of(statistics, policy="keep-rows")}, mode="reroute", classes=(0,))
     make_run(tmp_path / "soft", small_config("soft_moe"))
     with pytest.raises(ValueError, match='layer 1: router "soft_moe" mixes tokens into slots'):
         runs.collect(tmp_path / "soft", [(with_seeds(run), "ones")], progress=False)
@@ -258,6 +261,30 @@ def test_lines_that_are_no_demonstration(run, tmp_path, line, message):
     file.write_text('{"class": 0, "images": [0]}\n' + line + "\n")
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         runs.collect(run, [(file, None)], progress=False)
+
+
+def test_the_steps_of_the_command(run, tmp_path, capsys):
+    """Every step takes a run where it takes a checkpoint."""
+    stats, plan, out, losses = (str(tmp_path / name) for name in ("stats", "plan.json", "pruned", "losses.json"))
+    demos = str(with_seeds(run))
+    for line in (
+        ["inspect", str(run), "--keep", "0.5"],
+        ["collect", str(run), "--demos", demos, "--out", stats, "--quiet"],
+        ["plan", stats, "--keep", "0.5", "--budget", "global", "--out", plan],
+        ["dry-run", plan, "--model", str(run)],
+        ["apply", plan, "--model", str(run), "--out", out],
+        ["verify", plan, "--model", str(run), "--pruned", out],
+        ["plan", stats, "--keep", "0.5", "--policy", "keep-rows", "--out", f"{plan}.rows"],
+        ["evaluate", str(run), "--plan", plan, "--plan", f"{plan}.rows", "--out", losses],
+    ):
+        assert cli.main(["prune", *line]) == 0, (line, capsys.readouterr())
+    found = json.loads((tmp_path / "losses.json").read_text())
+    model, written = load_model(out)
+    expected = DiTSubject(model, written).losses()
+    assert found["cases"][0]["loss"] == pytest.approx(expected, rel=1e-12)
+    assert [case["mode"] for case in found["cases"]] == ["reroute", "no-reroute"]
+    printed = capsys.readouterr().out
+    assert "6 routed experts, 3 kept" in printed and "V2  passed" in printed
 
 
 def test_no_demonstrations(run, tmp_path):
