@@ -12,7 +12,8 @@ table has the mean, the least and the most.
 
 Then it writes the pruned model of the first run and seed, EASY-EP in the mode that keeps the kept classes best, holds
 it to the mask, and draws the kept classes and as many others from the full and from the pruned model, from the same
-noise: OUT/samples.png, full on the left, pruned on the right, a row a class.
+noise: OUT/samples.png, full on the left, pruned on the right, a row a class. The demonstrations of the first seed stay
+in OUT/demos.jsonl, for the steps of `gatewright prune`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 from gatewright.moe.files import write_text
 from gatewright.recipes.console import MISTAKES, Parser, describe, fail
 from gatewright.recipes.models import draw_samples
-from gatewright.recipes.models.dit_pruning import DiTSubject, draw_demonstrations
+from gatewright.recipes.models.dit_pruning import Demonstration, DiTSubject, draw_demonstrations
 from gatewright.recipes.picture import save_grid
 from gatewright.tools.measure import markdown
 from gatewright.tools.prune import runs
@@ -51,7 +52,7 @@ def measure(
         known: what was measured of this run before, by plan.
     """
     subject = opened.subject
-    demos = draw_demonstrations(subject.data, classes, DEMOS, images=IMAGES, draws=DRAWS, seed=seed)
+    demos = demonstrations(opened, classes, seed)
     collected = runs.collect_from(opened, [(KEPT, demo) for demo in demos])
     if runs.FULL not in known:
         known[runs.FULL] = subject.losses()
@@ -81,6 +82,10 @@ def measure(
                 chosen[policy] = plan
                 result.setdefault("stability", plan.stability)
     return result | {"chosen": chosen}
+
+
+def demonstrations(opened: runs.Opened, classes: Sequence[int], seed: int) -> list[Demonstration]:
+    return draw_demonstrations(opened.subject.data, classes, DEMOS, images=IMAGES, draws=DRAWS, seed=seed)
 
 
 def means(losses: dict[str, float], kept: Sequence[str]) -> dict[str, float]:
@@ -167,6 +172,9 @@ def prune(args: argparse.Namespace) -> None:
     opened = [runs.open_run(folder) for folder in args.runs]
     classes = parse_classes(args.classes, opened[0].model.config.num_classes)
     names = [opened[0].subject.data.class_names[label] for label in classes]
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(demo.record() | {"domain": KEPT}) for demo in demonstrations(opened[0], classes, args.seeds[0])]
+    write_text(args.out / "demos.jsonl", "\n".join(lines) + "\n")
     results = []
     for one in opened:
         known: dict[Any, dict[str, float]] = {}

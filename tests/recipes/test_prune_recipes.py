@@ -71,6 +71,8 @@ def test_digits_in_short(run, tmp_path, monkeypatch, capsys):
         f"{c}, {p}" for c in prune_digits.CRITERIA for p in prune_digits.POLICIES
     }
     assert all(math.isfinite(loss) for loss in summary["results"][0]["full"].values())
+    lines = [json.loads(line) for line in (out / "demos.jsonl").read_text().splitlines()]
+    assert [line["class"] for line in lines] == [7, 3, 7] and all(line["domain"] == "kept" for line in lines)
     state = read_weights(out / "pruned")[0]
     assert state["blocks.1.mlp.experts.w1"].shape[0] == 3
     with Image.open(out / "samples.png") as picture:  # 8 pixels, enlarged to 64, with a column between the halves

@@ -39,7 +39,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...moe import moe_layers
 from ...moe.layer import MoELayerCode
@@ -219,11 +218,15 @@ def collect_from(opened: Opened, demos: Sequence[tuple[str, Any]], *, progress: 
     """As ``collect``, of (domain, demonstration)s that were read."""
     if not demos:
         raise ValueError("no demonstrations: give at least one")
-    subject, parts = opened.subject, {}
+    subject, parts, bar = opened.subject, {}, demos
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(demos, desc="demonstrations", unit="demo")
     description = opened.describe()
     shape = (len(description["layers"]), description["num_experts"])
     with torch.inference_mode(), _listening(opened, subject) as listeners:
-        for domain, demo in tqdm(demos, desc="demonstrations", disable=not progress):
+        for domain, demo in bar:
             for listener in listeners:
                 listener.clear()
             tokens = subject.run_demo(demo)
