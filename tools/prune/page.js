@@ -22,7 +22,10 @@ const HOW_TO = {
 };
 const howTo = (name) => HOW_TO[name].map((node) => (typeof node === "string" ? node : node.cloneNode(true)));
 const gib = (bytes) => (bytes >= 2 ** 30 ? `${number(bytes / 2 ** 30)} GiB` : bytes >= 2 ** 20 ? `${number(bytes / 2 ** 20)} MiB` : `${number(bytes / 2 ** 10)} KiB`);
-const signed = (value) => (value == null ? "–" : `${value > 0 ? "+" : ""}${number(value)}`);
+const signed = (value) => {
+  const text = value == null || !Number.isFinite(value) ? "–" : value.toFixed(3);
+  return value > 0 && text !== "0.000" ? `+${text}` : text.replace("-0.000", "0.000").replace("-", "−");
+};
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const leastAt = (values) => values.reduce((best, value, i) => (value < values[best] ? i : best), 0);
 
@@ -120,7 +123,7 @@ const DRAW_PLAN = {
       note: `Coloured experts stay, grey ones go${app.state.sort === "id" ? "" : "; each layer in the order of its ranking"}. A cross: kept, though no demonstration used it. Click a cell to see where its layer is cut.`,
       draw: (width) => [heatMap(app, { width, rows: data.layers.length, columns: E, label: "Score of every expert of every layer",
         colour: (r, c) => scoreColour(app, scores[r][orders[r][c]], app.kept[r].has(orders[r][c])),
-        cellText: (r, c) => times(scores[r][orders[r][c]]),
+        cellText: (r, c) => `${scores[r][orders[r][c]].toFixed(scores[r][orders[r][c]] < 9.95 ? 1 : 0)}×`,
         mark: (r, c) => (app.kept[r].has(orders[r][c]) && scores[r][orders[r][c]] === 0 ? "none" : null),
         rowText: (r) => String(data.layers[r]), columnText: (c) => String(app.state.sort === "id" ? c : c + 1), rowTitle: "layer", columnTitle: app.state.sort === "id" ? "expert" : "place",
         chosen: () => ({ row: app.layer, column: app.state.cell == null ? null : orders[app.layer].indexOf(app.state.cell) }),
@@ -196,7 +199,7 @@ const DRAW_PLAN = {
     if (stability.layers) {
       app.figure(grid, {
         id: "halves", title: "Agreement of halves, by layer", explain: "stability", note: `${percent(stability.split_half)} on average, of ${percent(stability.chance)} by chance.`,
-        draw: (width) => lineChart(app, { width, height: 230, label: "Agreement of halves by layer", xText: "layer", yHigh: 1, yText: percent, points: true, lines: [{ y: 0.9, label: "0.9 is wanted" }],
+        draw: (width) => lineChart(app, { width, height: 230, label: "Agreement of halves by layer", xText: "layer", yHigh: 1, yText: percent, points: true, lines: [{ y: 0.9, label: "90 % is wanted" }],
           series: [{ x: data.layers, y: stability.layers, colour: theme.a, label: "halves agree on", text: percent, width: 2 }] }),
         csv: () => byLayer(app, { "agreement of halves": stability.layers }),
       });
@@ -239,7 +242,7 @@ const DRAW_PLAN = {
     if (evaluation.cases.length) for (const name of names) app.figure(grid, {
       id: `loss-${names.indexOf(name)}`, title: `Loss on ${name}`, explain: "loss", wide: names.length === 1,
       note: `Against the whole model's ${number(evaluation.loss[name])} nats a token.`,
-      draw: (width) => [lineChart(app, { width, height: 240, label: `Loss on ${name} by number of experts kept`, xText: "experts kept", yText: signed, points: true, lines: [{ y: 0, label: "whole model" }],
+      draw: (width) => [lineChart(app, { width, height: 240, label: `Loss on ${name} by number of experts kept`, xText: "experts kept", yText: (value) => `${value > 0 ? "+" : ""}${short(value)}`, points: true, lines: [{ y: 0, label: "whole model" }],
         series: lines.map((line) => ({ x: line.x, y: line.cases.map((one) => one.delta[name]), colour: line.colour, dash: line.dash, label: line.label, text: signed, width: 1.8 })) }),
         legendLine(lines.map((line) => [line.label, line.colour, line.dash]))],
       csv: () => [["criterion", "chosen on", "mode", "experts kept", "loss", "difference"], ...evaluation.cases.map((one) => [one.criterion, one.domains.join(" + "), one.mode, one.count, one.loss[name], one.delta[name]])],
