@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .plan import Plan
 from .run_folder import is_run_folder
-from .sizes import dry_run, print_own
+from .sizes import dry_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     if is_run_folder(args.model):
         from . import runs
 
-        print_own(runs.dry_run(plan, args.model), args.model)
+        print("\n".join(runs.size_table(runs.dry_run(plan, args.model))))
         return 0
     print(dry_run(plan, args.model, tensor_parallel=args.tensor_parallel))
     return 0

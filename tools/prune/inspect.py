@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .plan import parse_keep
 from .run_folder import is_run_folder
-from .sizes import inspect, print_own
+from .sizes import inspect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     if is_run_folder(args.model):
         from . import runs
 
-        print_own(runs.inspect(args.model, keep=keep), args.model)
+        print("\n".join(runs.size_table(runs.inspect(args.model, keep=keep))))
         return 0
     print(inspect(args.model, keep=keep, tensor_parallel=args.tensor_parallel))
     return 0

@@ -6,8 +6,8 @@
 Experts are tensors `<block>.experts.<e>.<rest>`, one set an expert, or `<block>.experts.<rest>` with the experts along
 axis 0; `<block>` is the MoE block. A router tensor is every tensor of the block's router module, and every parameter of
 the block itself, that has an axis as long as there are experts, and every vector of that length in a router module
-elsewhere in the decoder layer: biases and correction biases are found, not listed, so
-that a new one is not forgotten. What could be a router tensor and might as well be something else is refused by name.
+elsewhere in the decoder layer: biases and correction biases are found, not listed, so that a new one is not forgotten.
+What could be a router tensor and might as well be something else is refused by name.
 """
 
 import math
@@ -22,6 +22,7 @@ from .families import LAYER_KEYS, ROUTER_MODULES, SHARED, Family, family_of, num
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)")
 FUSED = re.compile(r"(?P<block>.+)\.experts\.(?P<rest>[^\d].*)")
 LAYER = re.compile(r"(?P<root>(?:.*?\.)?)(?:layers|blocks|block|h)\.(?P<index>\d+)(?=\.|$)")
+NO_ROUTER = re.compile(r"share|attn|attention")  # their gates are no routers
 MTP = re.compile(r"(?:^|\.)mtp(?=[._]|$)")
 
 
@@ -269,7 +270,7 @@ class _Search:
         beside: dict[str, list[str]] = defaultdict(list)
         for name in self.checkpoint.tensors:
             modules = name.split(".")[:-1]
-            if ".experts." in name or not ROUTER_MODULES.intersection(modules) or any(map(SHARED.search, modules)):
+            if ".experts." in name or not ROUTER_MODULES.intersection(modules) or any(map(NO_ROUTER.search, modules)):
                 continue
             layer = LAYER.match(name)
             if layer is not None and not name.startswith(inside) and self._is_vector(name):

@@ -386,11 +386,3 @@ def _check_sizes(parallel: Sequence[int]) -> None:
     for size in parallel:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"a number of GPUs is {size!r}: give whole numbers from 1")
-
-
-def print_own(found: Mapping, folder: Path) -> None:
-    """A run of this library, of which `runs` says the sizes."""
-    from . import runs
-
-    print(f"{folder.name}: {found['model_type']}")
-    print("\n".join(runs.size_table(found)))

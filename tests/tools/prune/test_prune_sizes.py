@@ -83,7 +83,7 @@ def test_published_size_of_a_30b_model(qwen3_30b):
     assert "48 MoE layers of 128, 8 a token" in shown and "29.92 GiB" in shown and "-47" in shown
 
 
-@pytest.mark.parametrize("count", [8, 64, 127, 128])
+@pytest.mark.parametrize("count", [8, 127])
 def test_bytes_at_count_are_those_of_the_plan(qwen3_30b, count):
     description = plan_of(qwen3_30b, 8).model
     at = bytes_at_count(qwen3_30b, description)
