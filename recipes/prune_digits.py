@@ -3,12 +3,13 @@
     python recipes/prune_digits.py runs/promoe_dit-1                     digits 0, 1 and 2, as the demo's model has them
     python recipes/prune_digits.py RUN --classes 3,7 --keep 0.25 --out sevens
 
-From 25 demonstrations of the kept classes (4 images each at 2 draws of noise and time) it collects statistics, plans by
-EASY-EP, frequency and at random, and measures by mask, on held-out images at noise and times that never change, the
-objective on the kept classes and on the others, before and after; for every plan both when tokens choose anew among the
-kept experts ("slice") and when those of a removed expert get nothing from it ("keep-rows", which this library's layers
-can run besides). Everything is repeated with other demonstrations and draws (``--seeds``) and for every RUN given; the
-table has the mean, the least and the most.
+From 25 demonstrations of the kept classes (4 images each at 2 draws of noise and time) it collects statistics; plans by
+EASY-EP (as many of each layer, or all layers ranked together), by its score without the token term, by frequency and at
+random; and measures by mask, on held-out images at noise and times that never change, the objective on the kept classes
+and on the others, before and after. Every plan is measured both ways: tokens choose anew among the kept experts
+("slice"), or those of a removed expert get nothing from it ("keep-rows", which this library's layers run besides).
+Everything is repeated with other demonstrations and draws (``--seeds``) and for every RUN given; the table has the mean,
+the least and the most.
 
 Then it writes the pruned model of the first run and seed, EASY-EP in the mode that keeps the kept classes best, holds
 it to the mask, and draws the kept classes and as many others from the full and from the pruned model, from the same
@@ -37,7 +38,15 @@ from gatewright.tools.weights import load_model
 
 PROGRAM = "prune_digits"
 DEMOS, IMAGES, DRAWS = 25, 4, 2
-CRITERIA = ("easy-ep", "frequency", "random")
+# how a plan is called: criterion, budget
+PLANS = {
+    "EASY-EP": ("easy-ep", "uniform"),
+    "EASY-EP, global budget": ("easy-ep", "global"),
+    "no token term": ("weighted-ean", "uniform"),
+    "frequency": ("frequency", "uniform"),
+    "random": ("random", "uniform"),
+}
+CHOSEN = "EASY-EP"
 RANDOM_DRAWS = 5  # a seed
 POLICIES = ("slice", "keep-rows")
 KEPT, OTHERS = "kept", "others"
@@ -68,17 +77,17 @@ def measure(
         return known[key]
 
     for policy in POLICIES:
-        for criterion in CRITERIA:
+        for name, (criterion, budget) in PLANS.items():
             # a random choice is worth a mean over several
             seeds = [RANDOM_DRAWS * seed + draw for draw in range(RANDOM_DRAWS)] if criterion == "random" else [0]
             drawn = []
             for own in seeds:
-                plan = make_plan(collected, keep=keep, criterion=criterion, policy=policy, seed=own)
+                plan = make_plan(collected, keep=keep, criterion=criterion, budget=budget, policy=policy, seed=own)
                 drawn.append(after(plan))
             losses = {label: statistics.fmean(one[label] for one in drawn) for label in drawn[0]}
             ids = {str(layer): list(ids) for layer, ids in plan.keep.items()} if len(seeds) == 1 else None
-            result["plans"][f"{criterion}, {policy}"] = {"losses": losses, "keep": ids}
-            if criterion == CRITERIA[0]:
+            result["plans"][f"{name}, {policy}"] = {"losses": losses, "keep": ids}
+            if name == CHOSEN:
                 chosen[policy] = plan
                 result.setdefault("stability", plan.stability)
     return result | {"chosen": chosen}
@@ -184,7 +193,7 @@ def prune(args: argparse.Namespace) -> None:
     chosen = [result.pop("chosen") for result in results]
 
     first = results[0]
-    best = min(POLICIES, key=lambda policy: means(first["plans"][f"{CRITERIA[0]}, {policy}"]["losses"], names)[KEPT])
+    best = min(POLICIES, key=lambda policy: means(first["plans"][f"{CHOSEN}, {policy}"]["losses"], names)[KEPT])
     plan, pruned = chosen[0][best], args.out / "pruned"
     runs.apply(plan, args.runs[0], pruned)
     verified = runs.verify(plan, args.runs[0], pruned)

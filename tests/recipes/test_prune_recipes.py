@@ -64,11 +64,11 @@ def test_digits_in_short(run, tmp_path, monkeypatch, capsys):
         [str(run), "--classes", "7, 3", "--seeds", "0", "--count", "2", "--steps", "2", "--out", str(out)]
     )
     printed = capsys.readouterr().out
-    assert "Kept classes 7, 3" in printed and "easy-ep, keep-rows" in printed
+    assert "Kept classes 7, 3" in printed and "EASY-EP, keep-rows" in printed
     summary = json.loads((out / "results.json").read_text())
     assert summary["verified"] == {"V0": True, "V1": True, "V2": True, "V3": True}
     assert set(summary["results"][0]["plans"]) == {
-        f"{c}, {p}" for c in prune_digits.CRITERIA for p in prune_digits.POLICIES
+        f"{name}, {policy}" for name in prune_digits.PLANS for policy in prune_digits.POLICIES
     }
     assert all(math.isfinite(loss) for loss in summary["results"][0]["full"].values())
     lines = [json.loads(line) for line in (out / "demos.jsonl").read_text().splitlines()]
