@@ -8,8 +8,8 @@ EASY-EP (as many of each layer, or all layers ranked together), by its score wit
 random; and measures by mask, on held-out images at noise and times that never change, the objective on the kept classes
 and on the others, before and after. Every plan is measured both ways: tokens choose anew among the kept experts
 ("slice"), or those of a removed expert get nothing from it ("keep-rows", which this library's layers run besides).
-Everything is repeated with other demonstrations and draws (``--seeds``) and for every RUN given; the table has the mean,
-the least and the most.
+Everything is repeated with other demonstrations and draws (``--seeds``) and for every RUN given; the table has the
+mean, the least and the most.
 
 Then it writes the pruned model of the first run and seed, EASY-EP in the mode that keeps the kept classes best, holds
 it to the mask, and draws the kept classes and as many others from the full and from the pruned model, from the same
