@@ -6,7 +6,7 @@ const PLAN_PAGES = [
   ["cut", "Cut", "Where each layer's ranking is cut, and how clearly."],
   ["mass", "Kept mass", "How much of each domain's score the kept experts hold."],
   ["agreement", "Agreement", "Would other demonstrations, another domain or another criterion have chosen the same experts?"],
-  ["loss", "Loss", "What the masked model loses on held-out text."],
+  ["loss", "Loss", "What the masked model loses on held-out data."],
   ["size", "Size", "What the checkpoint weighs before and after."],
 ];
 // what is pruned: neutral, so that colour is what stays
@@ -239,16 +239,19 @@ const DRAW_PLAN = {
     if (data.evaluations.length > 1) page.append(choice("Evaluation", data.evaluations.map((one, i) => [i, one.name]), at, (picked) => app.set({ evaluation: picked, case: null })));
     const grid = el("div", { class: "grid" }), names = Object.keys(evaluation.loss), lines = caseLines(app, evaluation.cases);
     page.append(grid);
-    if (evaluation.cases.length) for (const name of names) app.figure(grid, {
+    const counts = new Set(evaluation.cases.map((one) => one.count ?? one.keep));
+    // few curves are read one by one, many domains or a single count better side by side
+    if (evaluation.cases.length && (names.length > 4 || counts.size === 1)) deltaFigure(app, grid, evaluation, names);
+    else if (evaluation.cases.length) for (const name of names) app.figure(grid, {
       id: `loss-${names.indexOf(name)}`, title: `Loss on ${name}`, explain: "loss", wide: names.length === 1,
-      note: `Against the whole model's ${number(evaluation.loss[name])} nats a token.`,
+      note: `Against the whole model's ${number(evaluation.loss[name])} ${data.unit}.`,
       draw: (width) => [lineChart(app, { width, height: 240, label: `Loss on ${name} by number of experts kept`, xText: "experts kept", yText: (value) => `${value > 0 ? "+" : ""}${short(value)}`, points: true, lines: [{ y: 0, label: "whole model" }],
         series: lines.map((line) => ({ x: line.x, y: line.cases.map((one) => one.delta[name]), colour: line.colour, dash: line.dash, label: line.label, text: signed, width: 1.8 })) }),
         legendLine(lines.map((line) => [line.label, line.colour, line.dash]))],
       csv: () => [["criterion", "chosen on", "mode", "experts kept", "loss", "difference"], ...evaluation.cases.map((one) => [one.criterion, one.domains.join(" + "), one.mode, one.count, one.loss[name], one.delta[name]])],
     });
     app.figure(grid, {
-      id: "cases", title: "All that was measured", explain: "loss", wide: true, png: false, note: "Nats a token, the difference to the whole model, and the share of routed pairs that have to move. Bold: this plan. Click a row's criterion to see its layers below.",
+      id: "cases", title: "All that was measured", explain: "loss", wide: true, png: false, note: `Loss in ${data.unit}, the difference to the whole model${moves(evaluation) ? ", and the share of routed pairs that have to move" : ""}. Bold: this plan.${moves(evaluation) ? " Click a row's criterion to see its layers below." : ""}`,
       draw: () => caseTable(app, evaluation, names), csv: () => caseRows(evaluation, names),
     });
     const own = evaluation.cases.findIndex((one) => one.plan_hash === data.plan.hash), shown = state.case ?? Math.max(0, own), one = evaluation.cases[shown];
@@ -293,8 +296,9 @@ function planTiles(app, page) {
   for (const evaluation of data.evaluations) {
     const own = evaluation.cases.find((one) => one.plan_hash === plan.hash && one.mode !== "no-reroute");
     if (!own) continue;
-    const name = app.domains.find((domain) => domain in own.delta) ?? Object.keys(own.delta)[0];
-    tile("loss", "Loss by mask", signed(own.delta[name]), `nats a token on ${name}; ${percent(own.rerouted?.[name])} of pairs move`);
+    const name = app.domains.find((domain) => domain in own.delta), all = Object.values(own.delta);
+    const where = name == null ? `on average over ${all.length} classes` : `on ${name}`;
+    tile("loss", "Loss by mask", signed(name == null ? mean(all) : own.delta[name]), `${data.unit} ${where}${own.rerouted?.[name] == null ? "" : `; ${percent(own.rerouted[name])} of pairs move`}`);
     break;
   }
   if (sizes) tile("size", "Weights", gib(sizes.real ?? sizes.after), `before: ${gib(sizes.before)}`);
@@ -388,16 +392,30 @@ function caseLines(app, cases) {
   });
 }
 
+/** The difference of every case on every domain, as a map. */
+function deltaFigure(app, grid, evaluation, names) {
+  const { cases } = evaluation, { theme, data } = app, most = Math.max(1e-9, ...cases.flatMap((one) => names.map((name) => Math.abs(one.delta[name]))));
+  app.figure(grid, {
+    id: "delta", title: "Change of the loss", explain: "loss", wide: true, note: `In ${data.unit}: what each choice adds to the whole model's loss. Orange is worse, blue better.`,
+    draw: (width) => heatMap(app, { width, indent: 168, rows: cases.length, columns: names.length, tall: 26, label: "Change of the loss of every case on every domain",
+      colour: (r, c) => mix(theme.diverging, 0.5 + cases[r].delta[names[c]] / (2 * most)), cellText: (r, c) => signed(cases[r].delta[names[c]]), rowText: (r) => clip(`${cases[r].criterion}, ${cases[r].count ?? percent(cases[r].keep)} kept${cases[r].mode === "no-reroute" ? ", no re-routing" : ""}`, 28), columnText: (c) => clip(names[c], 12),
+      legend: { stops: theme.diverging, texts: [signed(-most), "0", signed(most)], title: "against the whole model" },
+      tip: (r, c) => [el("b", {}, `${caseText(cases[r])}: ${names[c]}`), tipRow("loss", number(cases[r].loss[names[c]])), tipRow("change", signed(cases[r].delta[names[c]]))] }),
+    csv: () => caseRows(evaluation, names),
+  });
+}
+const moves = (evaluation) => evaluation.cases.some((one) => one.rerouted != null);
+
 const caseRows = (evaluation, names) => [["criterion", "chosen on", "experts kept", "mode", ...names.flatMap((name) => [`loss on ${name}`, `difference on ${name}`, `re-routed on ${name}`])],
   ...evaluation.cases.map((one) => [one.criterion, one.domains.join(" + "), one.count ?? one.keep, one.mode, ...names.flatMap((name) => [one.loss[name], one.delta[name], one.rerouted?.[name]])])];
 
 function caseTable(app, evaluation, names) {
-  const { data } = app, heads = ["criterion", "chosen on", "kept", "mode", ...names.flatMap((name) => [name, "Δ", "moved"])];
-  const whole_ = el("tr", {}, ["whole model", "", "", "", ...names.flatMap((name) => [number(evaluation.loss[name]), "", ""])].map((text) => el("td", {}, text)));
+  const { data } = app, moved = moves(evaluation), heads = ["criterion", "chosen on", "kept", "mode", ...names.flatMap((name) => [name, "Δ", ...(moved ? ["moved"] : [])])];
+  const whole_ = el("tr", {}, ["whole model", "", "", "", ...names.flatMap((name) => [number(evaluation.loss[name]), "", ...(moved ? [""] : [])])].map((text) => el("td", {}, text)));
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads.map((text) => el("th", { scope: "col" }, text)))),
     el("tbody", {}, whole_, evaluation.cases.map((one, i) => el("tr", one.plan_hash === data.plan.hash ? { style: "font-weight:650" } : {},
       el("td", {}, el("button", { type: "button", class: "explain", "data-case": i, onclick: () => app.set({ case: i }) }, one.criterion)),
-      [one.domains.join(" + ") || "–", String(one.count ?? percent(one.keep)), one.mode, ...names.flatMap((name) => [number(one.loss[name]), signed(one.delta[name]), percent(one.rerouted?.[name])])].map((text) => el("td", { style: one.plan_hash === data.plan.hash ? "font-weight:650" : null }, text)))))));
+      [one.domains.join(" + ") || "–", String(one.count ?? percent(one.keep)), one.mode, ...names.flatMap((name) => [number(one.loss[name]), signed(one.delta[name]), ...(moved ? [percent(one.rerouted?.[name])] : [])])].map((text) => el("td", { style: one.plan_hash === data.plan.hash ? "font-weight:650" : null }, text)))))));
 }
 
 function sizeBars(app, rows, width) {

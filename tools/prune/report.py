@@ -22,7 +22,7 @@ from .criteria import CRITERIA, score
 from .plan import Plan
 from .run_folder import is_run_folder
 from .sizes import dry_run, predicted_and_real
-from .statistics import Statistics, check_format
+from .statistics import Statistics, check_format, is_own
 
 PAGE = Path(__file__).parent / "page.js"
 EVALUATION = "gatewright pruning evaluation"
@@ -88,12 +88,12 @@ DEFINITIONS: dict[str, tuple[str, str, str, str, str, str]] = {
     ),
     "loss": (
         "Loss",
-        "mean of −ln p(token | before)",
-        "What the masked model loses on held-out text of a domain; its difference to the whole model's is what pruning "
-        "costs. Measured by mask, before a file is written.",
-        "0 to ∞ nats a token",
-        "ln(size of the vocabulary)",
-        "Mean over the tokens that are predicted.",
+        "mean of −ln p(token | before); of a diffusion model, its training objective",
+        "What the masked model loses on a domain's or class's held-out data; its difference to the whole model's is "
+        "what pruning costs. Measured by mask, before a file is written.",
+        "0 to ∞",
+        "ln(size of the vocabulary) for a language model",
+        "Mean over the tokens that are predicted, or over held-out images at fixed noise and times.",
     ),
     "rerouted": (
         "Re-routed pairs",
@@ -160,6 +160,7 @@ def page_data(
             "counts": counts,
             "keep": [list(ids) for ids in plan.keep.values()],
         },
+        "unit": "of the training objective" if is_own(plan.model) else "nats a token",
         "kept_mass": {
             "measure": plan.kept_mass.get("measure", ""),
             "domains": {
