@@ -22,10 +22,13 @@ const HOW_TO = {
 };
 const howTo = (name) => HOW_TO[name].map((node) => (typeof node === "string" ? node : node.cloneNode(true)));
 const gib = (bytes) => (bytes >= 2 ** 30 ? `${number(bytes / 2 ** 30)} GiB` : bytes >= 2 ** 20 ? `${number(bytes / 2 ** 20)} MiB` : `${number(bytes / 2 ** 10)} KiB`);
-const signed = (value) => {
-  const text = value == null || !Number.isFinite(value) ? "–" : value.toFixed(3);
-  return value > 0 && text !== "0.000" ? `+${text}` : text.replace("-0.000", "0.000").replace("-", "−");
-};
+function signed(value, places = 3) {
+  if (value == null || !Number.isFinite(value)) return "–";
+  const text = Math.abs(value).toFixed(places);
+  return Number(text) === 0 ? text : `${value > 0 ? "+" : "−"}${text}`;
+}
+/** Decimal places that tell an evaluation's changes apart. */
+const placesOf = ({ cases }) => (Math.max(0, ...cases.flatMap((one) => Object.values(one.delta).map(Math.abs))) < 0.1 ? 4 : 3);
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const leastAt = (values) => values.reduce((best, value, i) => (value < values[best] ? i : best), 0);
 
@@ -298,7 +301,7 @@ function planTiles(app, page) {
     if (!own) continue;
     const name = app.domains.find((domain) => domain in own.delta), all = Object.values(own.delta);
     const where = name == null ? `on average over ${all.length} classes` : `on ${name}`;
-    tile("loss", "Loss by mask", signed(name == null ? mean(all) : own.delta[name]), `${data.unit} ${where}${own.rerouted?.[name] == null ? "" : `; ${percent(own.rerouted[name])} of pairs move`}`);
+    tile("loss", "Loss by mask", signed(name == null ? mean(all) : own.delta[name], placesOf(evaluation)), `${data.unit} ${where}${own.rerouted?.[name] == null ? "" : `; ${percent(own.rerouted[name])} of pairs move`}`);
     break;
   }
   if (sizes) tile("size", "Weights", gib(sizes.real ?? sizes.after), `before: ${gib(sizes.before)}`);
@@ -394,13 +397,13 @@ function caseLines(app, cases) {
 
 /** The difference of every case on every domain, as a map. */
 function deltaFigure(app, grid, evaluation, names) {
-  const { cases } = evaluation, { theme, data } = app, most = Math.max(1e-9, ...cases.flatMap((one) => names.map((name) => Math.abs(one.delta[name]))));
+  const { cases } = evaluation, { theme, data } = app, places = placesOf(evaluation), most = Math.max(1e-9, ...cases.flatMap((one) => names.map((name) => Math.abs(one.delta[name]))));
   app.figure(grid, {
     id: "delta", title: "Change of the loss", explain: "loss", wide: true, note: `In ${data.unit}: what each choice adds to the whole model's loss. Orange is worse, blue better.`,
     draw: (width) => heatMap(app, { width, indent: 168, rows: cases.length, columns: names.length, tall: 26, label: "Change of the loss of every case on every domain",
-      colour: (r, c) => mix(theme.diverging, 0.5 + cases[r].delta[names[c]] / (2 * most)), cellText: (r, c) => signed(cases[r].delta[names[c]]), rowText: (r) => clip(`${cases[r].criterion}, ${cases[r].count ?? percent(cases[r].keep)} kept${cases[r].mode === "no-reroute" ? ", no re-routing" : ""}`, 28), columnText: (c) => clip(names[c], 12),
-      legend: { stops: theme.diverging, texts: [signed(-most), "0", signed(most)], title: "against the whole model" },
-      tip: (r, c) => [el("b", {}, `${caseText(cases[r])}: ${names[c]}`), tipRow("loss", number(cases[r].loss[names[c]])), tipRow("change", signed(cases[r].delta[names[c]]))] }),
+      colour: (r, c) => mix(theme.diverging, 0.5 + cases[r].delta[names[c]] / (2 * most)), cellText: (r, c) => signed(cases[r].delta[names[c]], places), rowText: (r) => clip(`${cases[r].criterion}, ${cases[r].count ?? percent(cases[r].keep)} kept${cases[r].mode === "no-reroute" ? ", no re-routing" : ""}`, 28), columnText: (c) => clip(names[c], 12),
+      legend: { stops: theme.diverging, texts: [signed(-most, places), "0", signed(most, places)], title: "against the whole model" },
+      tip: (r, c) => [el("b", {}, `${caseText(cases[r])}: ${names[c]}`), tipRow("loss", number(cases[r].loss[names[c]])), tipRow("change", signed(cases[r].delta[names[c]], places + 1))] }),
     csv: () => caseRows(evaluation, names),
   });
 }
@@ -410,12 +413,12 @@ const caseRows = (evaluation, names) => [["criterion", "chosen on", "experts kep
   ...evaluation.cases.map((one) => [one.criterion, one.domains.join(" + "), one.count ?? one.keep, one.mode, ...names.flatMap((name) => [one.loss[name], one.delta[name], one.rerouted?.[name]])])];
 
 function caseTable(app, evaluation, names) {
-  const { data } = app, moved = moves(evaluation), heads = ["criterion", "chosen on", "kept", "mode", ...names.flatMap((name) => [name, "Δ", ...(moved ? ["moved"] : [])])];
+  const { data } = app, moved = moves(evaluation), places = placesOf(evaluation), heads = ["criterion", "chosen on", "kept", "mode", ...names.flatMap((name) => [name, "Δ", ...(moved ? ["moved"] : [])])];
   const whole_ = el("tr", {}, ["whole model", "", "", "", ...names.flatMap((name) => [number(evaluation.loss[name]), "", ...(moved ? [""] : [])])].map((text) => el("td", {}, text)));
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads.map((text) => el("th", { scope: "col" }, text)))),
     el("tbody", {}, whole_, evaluation.cases.map((one, i) => el("tr", one.plan_hash === data.plan.hash ? { style: "font-weight:650" } : {},
       el("td", {}, el("button", { type: "button", class: "explain", "data-case": i, onclick: () => app.set({ case: i }) }, one.criterion)),
-      [one.domains.join(" + ") || "–", String(one.count ?? percent(one.keep)), one.mode, ...names.flatMap((name) => [number(one.loss[name]), signed(one.delta[name]), ...(moved ? [percent(one.rerouted?.[name])] : [])])].map((text) => el("td", { style: one.plan_hash === data.plan.hash ? "font-weight:650" : null }, text)))))));
+      [one.domains.join(" + ") || "–", String(one.count ?? percent(one.keep)), one.mode, ...names.flatMap((name) => [number(one.loss[name]), signed(one.delta[name], places), ...(moved ? [percent(one.rerouted?.[name])] : [])])].map((text) => el("td", { style: one.plan_hash === data.plan.hash ? "font-weight:650" : null }, text)))))));
 }
 
 function sizeBars(app, rows, width) {

@@ -160,7 +160,7 @@ def page_data(
             "counts": counts,
             "keep": [list(ids) for ids in plan.keep.values()],
         },
-        "unit": "of the training objective" if is_own(plan.model) else "nats a token",
+        "unit": "units of the training objective" if is_own(plan.model) else "nats a token",
         "kept_mass": {
             "measure": plan.kept_mass.get("measure", ""),
             "domains": {
