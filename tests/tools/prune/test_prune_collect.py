@@ -220,7 +220,7 @@ def test_aimer_is_the_mean_over_the_root_mean_square():
             for expert in range(block.num_experts):
                 both = [block.experts.gate_up_proj[expert], block.experts.down_proj[expert]]
                 w = torch.cat([part.flatten() for part in both]).double()
-                assert found[expert] == pytest.approx((w.abs().mean() / w.square().mean().sqrt()).item(), rel=1e-12)
+                assert found[expert] == pytest.approx((w.abs().mean() / w.square().mean().sqrt()).item(), rel=1e-6)
 
 
 def test_packed_weights_have_no_aimer():
