@@ -1,38 +1,95 @@
-"""`gatewright prune families`: which model types can be pruned, by what they call things, and which are refused."""
+"""`gatewright prune families`: which families of transformers can be pruned, and why others cannot."""
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 
+from . import families_table
 from .families import FAMILIES, REFUSED
+from .families_table import PROOFS, TRANSFORMERS, Proof, markdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_type", nargs="?", help="one model type, as in config.json (default: all)")
+    parser.add_argument("family", nargs="?", help="one family or model type (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument(
+        "--prove",
+        nargs="+",
+        metavar="FAMILY",
+        help="prove these again, or all, with the installed transformers: a tiny model of each is pruned on disk, "
+        "loaded and compared with the masked one (seconds a family)",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="with --prove all: write what comes out into this package's table"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = args.model_type
+    if args.write and args.prove != ["all"]:
+        raise ValueError("--write needs --prove all: the table holds every family")
+    if args.prove:
+        if args.family is not None:
+            raise ValueError(f"--prove names the families itself: leave {args.family} out")
+        proofs = _prove(args.prove)
+        _show(proofs, args.markdown)
+        if args.write:
+            _write(proofs)
+        return 0
+    chosen = args.family
+    if chosen is None:
+        _show(PROOFS, args.markdown)
+        print(
+            f"\nproven with transformers {TRANSFORMERS}, on tiny models; others are found by the shapes in their "
+            "headers, and `gatewright prune inspect MODEL` says whether that leaves a doubt"
+        )
+        return 0
+    rows = [proof for proof in PROOFS if chosen in (proof.family, proof.model_type, f"{proof.family}_text")]
     if chosen in REFUSED:
         print(f"{chosen} cannot be pruned: {REFUSED[chosen]}")
-        return 0
-    if chosen is not None and chosen not in FAMILIES:
+    elif rows:
+        _show(rows, args.markdown)
+    elif chosen in FAMILIES:
+        print(f"{chosen} has an entry, and no proof: `gatewright prune families --prove {chosen}` makes one")
+    else:
         print(
             f"{chosen} has no entry: its experts and router are found by the shapes in the checkpoint's headers where "
             "that leaves no doubt; `gatewright prune inspect MODEL` says whether it does"
         )
-        return 0
-    names = list(FAMILIES) if chosen is None else [chosen]
-    width = max(map(len, names))
-    print(f"{'model type':{width}}  experts a token  groups")
-    for name in names:
-        family = FAMILIES[name]
-        k = "config.json" if family.top_k is None else str(family.top_k)
-        groups = f"{family.topk_group} of {family.num_groups}" if family.num_groups > 1 else "as config.json says"
-        print(f"{name:{width}}  {k:15}  {groups}")
-    if chosen is None:
-        print("\nrefused")
-        for name, reason in REFUSED.items():
-            print(f"{name:{max(map(len, REFUSED))}}  {reason}")
-        print(
-            "\nother model types are found by shape; `gatewright prune inspect MODEL` says whether that leaves a doubt"
-        )
     return 0
+
+
+def _prove(names: list[str]) -> list[Proof]:
+    from .proof import prove, shared_families
+
+    known = shared_families()
+    unknown = [name for name in names if name != "all" and name not in known]
+    if unknown:
+        raise ValueError(
+            f'"{unknown[0]}" is no family of the installed transformers that uses its shared experts interface: '
+            f"{', '.join(known)}"
+        )
+    return [prove(name, known[name]) for name in (known if "all" in names else names)]
+
+
+def _show(proofs: Iterable[Proof], as_markdown: bool) -> None:
+    if as_markdown:
+        print(markdown(proofs), end="")
+        return
+    proofs = list(proofs)
+    width = max(len(proof.family) for proof in proofs)
+    for proof in proofs:
+        if proof.refusal:
+            print(f"{proof.family:{width}}  refused: {proof.refusal}")
+        else:
+            groups = f"; grouped: {', '.join(proof.policies)}" if proof.policies else ""
+            print(f"{proof.family:{width}}  proven: {', '.join(proof.implementations)}{groups}")
+    refused = sum(bool(proof.refusal) for proof in proofs)
+    print(f"\n{len(proofs) - refused} proven (pruned = masked, bit for bit on a CPU), {refused} refused by name")
+
+
+def _write(proofs: Iterable[Proof]) -> None:
+    from ...moe.files import write_text
+    from .proof import table_source
+
+    file = Path(families_table.__file__)
+    write_text(file, table_source(proofs, file.read_text(encoding="utf-8")))

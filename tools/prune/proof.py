@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import random
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 from .apply import apply
 from .checkpoint import Checkpoint
 from .families import COUNT_KEYS, family_of, number, text_config
+from .families_table import Proof
 from .layout import Layout
 from .loading import quiet
 from .model import moe_blocks
@@ -28,25 +29,6 @@ from .tiny import config_class, tiny_config, tiny_model
 from .verify_model import IMPLEMENTATIONS, check_loads, check_logits, implementations_of
 
 GROUPED = ("slice", "slice-equal-groups", "slice-regroup")
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What came out for one family.
-
-    Attributes:
-        family: its folder in ``transformers.models``.
-        model_type: of the configuration that was tried.
-        implementations: of the experts, under which logits were equal; empty where it is refused.
-        policies: of a grouped router; empty where routers are not grouped.
-        refusal: why it cannot be pruned; empty where it is proven.
-    """
-
-    family: str
-    model_type: str
-    implementations: tuple[str, ...] = ()
-    policies: tuple[str, ...] = ()
-    refusal: str = ""
 
 
 class NotEqual(AssertionError):
@@ -166,3 +148,15 @@ def random_plan(description: dict, policy: str, seed: int = 0) -> Plan:
         num_groups=1 if policy == "slice" else groups,
         topk_group=1 if policy == "slice" else description["topk_group"],
     )
+
+
+def table_source(proofs: Iterable[Proof], before: str) -> str:
+    """``families_table.py`` with these proofs in the place of its own."""
+    head, mark, _ = before.partition(_MARK)
+    if not mark:
+        raise ValueError(f"families_table.py has no line {_MARK!r} to write behind")
+    rows = "".join(f"    {proof!r},\n" for proof in sorted(proofs, key=lambda proof: proof.family))
+    return f'{head}{mark}\nTRANSFORMERS = "{transformers.__version__}"\nPROOFS = (\n{rows})\n'
+
+
+_MARK = "# Written by `gatewright prune families --prove all --write`."

@@ -154,6 +154,7 @@ def _maybe_masked(model: nn.Module, plan: Plan | None) -> Iterator[None]:
 def _run_whole(folder: Path, ids: Tensor, names: Sequence[str], plan: Plan | None) -> dict[str, Tensor]:
     with quiet():
         model = model_class(folder).from_pretrained(folder, **_options(folder)).eval()
+    _align(model)
     outputs = {}
     with torch.inference_mode(), _maybe_masked(model, plan):
         for name in implementations_of(model, names):
@@ -168,11 +169,21 @@ def _run_whole(folder: Path, ids: Tensor, names: Sequence[str], plan: Plan | Non
 
 def _run_layerwise(folder: Path, ids: Tensor, names: Sequence[str], plan: Plan | None) -> dict[str, Tensor]:
     model = LayerwiseModel.open(folder)
+    _align(model.model)
+    for layer in model.layers:  # when its weights are there
+        layer.register_forward_pre_hook(lambda module, args: _align(module))
     with _maybe_masked(model.model, plan):
         for _ in model.run(ids.tolist()):
             pass
     name = getattr(model.model.config.get_text_config(decoder=True), "_experts_implementation", None) or "eager"
     return {name: torch.cat([output.last_hidden_state for output in model.outputs])}
+
+
+def _align(module: nn.Module) -> None:
+    """Tensors that do not start at a multiple of 64 bytes are moved to where they do."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def main_output(output: Any) -> Tensor:
