@@ -613,6 +613,11 @@ def load_demos(
             distributed.broadcast_object_list(filled, src=0, group=group)
         lines = filled[0]
     demos = tokenise(lines, tokenizer, template=template, **limits)
+    cut = sum(len(demo) == limits["context"] for demo in demos)
+    if args.truncate and cut and rank == 0:
+        _say(
+            f"{cut} of {len(demos)} demonstrations fill the context of {limits['context']} tokens: longer ones were cut"
+        )
     return demos, load() if model is None else model
 
 

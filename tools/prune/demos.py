@@ -3,7 +3,7 @@
 A line of ``demos.jsonl`` is a JSON object with one of
 
     {"prompt": "...", "answer": "..."}        the chat template goes around it where the tokenizer has one
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    perhaps with "tools"
     {"text": "..."}                           taken as it is
     {"input_ids": [1, 2, ...], "answer_start": 1}    tokens; without answer_start all of them count as answer
 
@@ -49,7 +49,9 @@ class Line:
         domain: the domain's name.
         kind: one of ``KINDS``.
         content: the prompt, the messages before the answer, the text or the ids.
-        answer: the last turn: ``content`` and perhaps ``reasoning_content``; empty where it is missing, and for text.
+        answer: the last turn: ``content``, perhaps ``reasoning_content`` or ``tool_calls``; empty where it is missing,
+            and for text.
+        tools: what the assistant may call, as chat templates and servers take it.
         answer_ids: the answer's tokens, where the model itself generated it.
         answer_start: of ``input_ids``: the first token of the answer.
     """
@@ -58,7 +60,8 @@ class Line:
     domain: str
     kind: str
     content: Any
-    answer: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    answer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tools: tuple[Any, ...] = ()
     answer_ids: tuple[int, ...] = ()
     answer_start: int = 0
 
@@ -181,15 +184,22 @@ def _read_messages(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     for position, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'{where}: message {position} has no "role": each is {{"role": ..., "content": ...}}')
+    tools = record.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(
+            f'{where}: "tools" must be a list of descriptions of functions, as the chat template takes them'
+        )
     if messages[-1]["role"] != "assistant":
-        return {"content": tuple(messages)}
+        return {"content": tuple(messages), "tools": tuple(tools)}
     if len(messages) == 1:
         raise ValueError(f"{where}: only the assistant speaks: put the user's message before its answer")
-    last = messages[-1]
-    answer = {"content": _text(last, "content", f"{where}: message {len(messages) - 1}")}
+    last, place = messages[-1], f"{where}: message {len(messages) - 1}"
+    answer = {"tool_calls": last["tool_calls"], "content": last.get("content") or ""} if last.get("tool_calls") else {}
+    if not answer or answer["content"]:
+        answer["content"] = _text(last, "content", place)
     if last.get("reasoning_content"):
-        answer["reasoning_content"] = _text(last, "reasoning_content", f"{where}: message {len(messages) - 1}")
-    return {"content": tuple(messages[:-1]), "answer": answer}
+        answer["reasoning_content"] = _text(last, "reasoning_content", place)
+    return {"content": tuple(messages[:-1]), "answer": answer, "tools": tuple(tools)}
 
 
 def _read_text(record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -298,13 +308,14 @@ def _chat_tokens(line: Line, tokenizer: Any) -> tuple[list[int], int]:
     whole = _render(line, tokenizer, [*line.messages, {"role": "assistant", **line.answer}])
     prompt = _encode(tokenizer, before)
     turn = whole[len(before) :] if whole.startswith(before) else ""
-    if all(part.strip() in turn for part in line.answer.values()):
+    if turn and all(part.strip() in turn for part in line.answer.values() if isinstance(part, str)):
         return prompt + _encode(tokenizer, turn), len(prompt)
-    if "reasoning_content" in line.answer:
-        raise ValueError(
-            f'{line.where}: the chat template leaves the answer\'s "reasoning_content" out: write it into "content", '
-            "as the model does"
-        )
+    for apart in ("reasoning_content", "tool_calls"):
+        if apart in line.answer:
+            raise ValueError(
+                f'{line.where}: the chat template leaves the answer\'s "{apart}" out, or changes what comes before: '
+                'write it into "content", as the model does'
+            )
     answer = line.answer["content"]
     if before.rstrip().endswith("<think>"):  # the generation prompt opened it already
         answer = answer.removeprefix("<think>").lstrip("\n")
@@ -313,7 +324,7 @@ def _chat_tokens(line: Line, tokenizer: Any) -> tuple[list[int], int]:
 
 def _render(line: Line, tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, tools=list(line.tools) or None, **options)
     except Exception as error:  # templates raise what they like
         raise ValueError(f"{line.where}: the chat template refuses these messages: {error}") from None
 
@@ -425,6 +436,8 @@ class Endpoint:
         body = {"model": self.model, **self._options}
         if self._chat or line.kind == "messages":
             path, body["messages"] = "/chat/completions", line.messages
+            if line.tools:
+                body["tools"] = list(line.tools)
         else:
             path, body["prompt"] = "/completions", line.content
         reply = self._post(path, body, line.where)
@@ -432,15 +445,20 @@ class Endpoint:
             choice = reply["choices"][0]
             message = choice["message"] if "message" in choice else {"content": choice["text"]}
             answer, reasoning = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+            calls = message.get("tool_calls")
         except (LookupError, TypeError, AttributeError):
             raise ValueError(f"{line.where}: {self.url} replied no answer: {_short(reply)}") from None
-        if not answer or not answer.strip():
+        if not calls and (not answer or not answer.strip()):
             raise ValueError(
                 f"{line.where}: {self.url} replied an empty answer (finish_reason {choice.get('finish_reason')!r}): "
                 "allow more tokens with --answer-tokens, or write the answer into the file"
             )
-        kept = {"answer": answer, "finish_reason": choice.get("finish_reason")}
-        return {**kept, "reasoning_content": reasoning} if reasoning else kept
+        kept = {"answer": answer or "", "finish_reason": choice.get("finish_reason")}
+        if reasoning:
+            kept["reasoning_content"] = reasoning
+        if calls:
+            kept["tool_calls"] = [_parsed(call) for call in calls]
+        return kept
 
     def _post(self, path: str, body: Mapping[str, Any], where: str) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -467,6 +485,15 @@ class Endpoint:
             f"{where}: {self.url} gave no answer in {self._attempts} attempts: {problem}. Answers so far are kept; run "
             "the same command again to go on"
         )
+
+
+def _parsed(call: Any) -> Any:
+    """A call whose arguments are an object, as chat templates take them; the protocol sends them as text."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (LookupError, TypeError, ValueError):
+        return call
 
 
 class ModelGenerator:
@@ -615,8 +642,7 @@ def _generate(lines: Sequence[Line], generator: Generator) -> Iterator[tuple[Lin
 
 def _filled(line: Line, record: Mapping[str, Any]) -> Line:
     answer = {"content": record["answer"]}
-    if record.get("reasoning_content"):
-        answer["reasoning_content"] = record["reasoning_content"]
+    answer |= {name: record[name] for name in ("reasoning_content", "tool_calls") if record.get(name)}
     return dataclasses.replace(line, answer=answer, answer_ids=tuple(record.get("answer_ids", ())))
 
 
@@ -626,7 +652,8 @@ def _answers_of(line: Line) -> Path:
 
 def _key(line: Line, generator: Generator) -> str:
     """An answer belongs to its prompt and to who wrote it."""
-    return hashlib.sha256(json.dumps([generator.name, line.messages], sort_keys=True).encode()).hexdigest()
+    asked = [generator.name, line.messages, line.tools]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _read_answers(file: Path) -> dict[str, dict[str, Any]]:

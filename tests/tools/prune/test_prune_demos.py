@@ -169,6 +169,32 @@ def test_reasoning_apart_that_the_template_leaves_out_is_refused(tmp_path):
     assert text(demo) == "[user]2+2?[assistant]two and two4"
 
 
+def test_tools_and_calls_of_them_go_through_the_template(tmp_path):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    record = {
+        "tools": [tool],
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+    }
+    lines = read(tmp_path, record)
+    knows = (
+        "{% if tools %}[tools]{{ tools[0]['function']['name'] }}{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}]{% for c in m.tool_calls or [] %}call {{ c['function']['name'] }}"
+        "{% endfor %}{{ m['content'] or '' }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (demo,) = tokens(lines, byte_tokenizer(knows))
+    assert text(demo) == "[tools]add[user]2+2?[assistant]call add"
+    assert demo.answer_start == len("[tools]add[user]2+2?[assistant]")
+    changes = knows.replace("{% endfor %}{{ m['content']", "{% endfor %}{{ messages | length }}{{ m['content']")
+    with pytest.raises(ValueError, match='"tool_calls" out, or changes what comes before'):
+        tokens(lines, byte_tokenizer(changes))
+    with pytest.raises(ValueError, match='"tools" must be a list'):
+        read(tmp_path, {**record, "tools": "add"})
+
+
 def test_messages_without_a_template_and_a_template_that_raises_are_refused(tmp_path):
     lines = read(tmp_path, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     with pytest.raises(ValueError, match=r"maths\.jsonl:1: .*no chat template"):
@@ -336,7 +362,8 @@ def test_an_endpoint_answers_chats(tmp_path, serve, monkeypatch):
     monkeypatch.setenv("A_KEY", "secret")
     server, url = serve((200, {}, chat))
     endpoint = Endpoint(url + "/", "m", key_variable="A_KEY", max_tokens=7, temperature=0.0, parallel=3)
-    lines = read(tmp_path, *({"prompt": f"p{i}"} for i in range(6)), {"messages": [{"role": "user", "content": "u"}]})
+    asks = {"messages": [{"role": "user", "content": "u"}], "tools": [{"a": 1}]}
+    lines = read(tmp_path, *({"prompt": f"p{i}"} for i in range(6)), asks)
     filled = fill_answers(lines, endpoint, report=lambda text: None)
     assert [line.answer["content"] for line in filled] == [*(f"to p{i}" for i in range(6)), "to u"]
     assert len(server.requests) == 7
@@ -348,6 +375,9 @@ def test_an_endpoint_answers_chats(tmp_path, serve, monkeypatch):
         "temperature": 0.0,
         "messages": [{"role": "user", "content": "p0"}],
     }
+    assert [body.get("tools") for _, _, body in server.requests if body["messages"][0]["content"] == "u"] == [
+        [{"a": 1}]
+    ]
     assert "secret" not in answers_file(tmp_path / "maths.jsonl").read_text()
 
 
@@ -405,6 +435,16 @@ def test_reasoning_that_a_server_splits_off_is_not_lost(tmp_path, serve):
     _, url = serve((200, {}, {"choices": [{"message": message}]}))
     (line,) = fill_answers(read(tmp_path, {"prompt": "p"}), Endpoint(url, "m"), report=lambda text: None)
     assert line.answer == message
+
+
+def test_calls_of_tools_that_a_server_makes_are_answers(tmp_path, serve):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    _, url = serve((200, {}, {"choices": [{"message": {"content": None, "tool_calls": [call]}}]}))
+    lines = read(tmp_path, {"messages": [{"role": "user", "content": "u"}]})
+    for _ in range(2):  # asked, then read from the file
+        (line,) = fill_answers(lines, Endpoint(url, "m"), report=lambda text: None)
+        assert line.answer["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
+        assert line.answer["content"] == "" and not line.missing
 
 
 def test_an_endpoint_that_cannot_be_is_refused(monkeypatch):
