@@ -68,6 +68,8 @@ def apply(
         OSError: the disk became full, or a file cannot be read or written; running it again goes on.
     """
     model, out = Path(model), Path(out)
+    if out.is_symlink():
+        out = out.resolve()
     checkpoint = Checkpoint.open(model)
     target = Target.of(checkpoint, Layout.of(checkpoint), plan)
     work = workplace(out)
@@ -139,6 +141,8 @@ def check_out(model: Path, out: Path) -> None:
         raise ValueError(f"{out} is a file: choose a new folder")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder, or empty it")
+    if os.path.ismount(out):
+        raise ValueError(f"{out} is a mount point, which nothing can be renamed to: name a new folder in it")
 
 
 def check_room(target: Target, out: Path, files: Path) -> None:
@@ -151,7 +155,7 @@ def check_room(target: Target, out: Path, files: Path) -> None:
     # Half a file of an earlier run is written over.
     rest = sum(size for name, size in there.items() if name.startswith("."))
     needed = target.total_bytes - written - rest
-    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    place = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(

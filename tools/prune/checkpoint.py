@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -108,9 +109,9 @@ class Checkpoint:
         folder: where it is.
         config: `config.json`, parsed; `config_text` is the file itself.
         shards: name of the file -> `Shard`, in the order of the files' names.
-        index: the index, parsed, or None where there is one file only.
+        index: the index without its `weight_map`, which `tensors` hold; None where there is one file only.
         others: every other file worth carrying (tokenizer, generation settings, remote code), relative to the folder.
-        left_out: weights in other formats that are not carried: they would keep the old size.
+        left_out: weights in other formats, and folders that hold such, which are not carried: they have the old size.
     """
 
     folder: Path
@@ -152,7 +153,11 @@ class Checkpoint:
                 tensors[entry.name] = entry
         if index is not None:
             _check_index(folder, index, tensors)
-        left_out = tuple(file for file in files if file.endswith(OTHER_WEIGHTS) and file not in shards)
+            index = {key: value for key, value in index.items() if key != "weight_map"}
+        weights_beside = [file for file in files if file.endswith(OTHER_WEIGHTS) and file not in shards]
+        # A folder with weights of its own ("original", "metal") describes those in its other files.
+        folders = tuple({f"{os.path.dirname(file)}/" for file in weights_beside if "/" in file})
+        left_out = tuple(file for file in files if file in weights_beside or (folders and file.startswith(folders)))
         indices = tuple(file for file in files if file.endswith((".safetensors.index.json", ".bin.index.json")))
         others = tuple(file for file in files if file not in {*shards, *left_out, *indices, CONFIG})
         return cls(folder, config, config_text, shards, index, others, left_out, tensors)
@@ -237,6 +242,7 @@ def read_shard(folder: Path, file: str) -> Shard:
 
 
 def _entries(path: Path, file: str, header: dict, base: int) -> Iterator[TensorEntry]:
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # one object for all of a kind: there may be 100,000 tensors
     for name, what in header.items():
         try:
             dtype, shape, (start, end) = what["dtype"], tuple(what["shape"]), what["data_offsets"]
@@ -252,7 +258,7 @@ def _entries(path: Path, file: str, header: dict, base: int) -> Iterator[TensorE
                 f"{path}: {name} of shape {list(shape)} and type {dtype} does not take {end - start:,} bytes; "
                 f"{_again(path)}"
             )
-        yield TensorEntry(name, file, dtype, shape, base + start, base + end)
+        yield TensorEntry(name, file, sys.intern(dtype), shapes.setdefault(shape, shape), base + start, base + end)
 
 
 class _Twice(ValueError):

@@ -226,7 +226,7 @@ def test_output_that_is_the_model_or_in_it(model, tmp_path):
     assert_nothing_written(tmp_path, model)
 
 
-def test_output_that_is_not_empty(model, tmp_path):
+def test_output_that_is_not_empty(model, tmp_path, monkeypatch):
     plan = plan_of(model)
     out = tmp_path / "out"
     out.mkdir()
@@ -236,9 +236,16 @@ def test_output_that_is_not_empty(model, tmp_path):
     (out / "notes").rename(tmp_path / "file")
     with pytest.raises(ValueError, match="is a file"):
         apply(plan, model, tmp_path / "file")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="is a mount point"):
+        patch.setattr(apply_module.os.path, "ismount", lambda path: path == out)
+        apply(plan, model, out)
     assert not workplace(out).exists()
     apply(plan, model, out)  # empty is as good as new
     assert len(Checkpoint.open(out).shards) > 1
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    apply(plan, model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and listing(tmp_path / "target") == listing(out)
 
 
 def test_disk_that_is_too_small(model, tmp_path, monkeypatch):

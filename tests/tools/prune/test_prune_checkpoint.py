@@ -62,10 +62,11 @@ def test_other_files_are_carried_and_other_weights_are_not(tmp_path):
     for name in ("pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "q4.gguf"):
         (tmp_path / name).write_bytes(b"")
     checkpoint = Checkpoint.open(tmp_path)
-    assert set(checkpoint.others) == {"tokenizer.json", "modeling_x.py", "original/params.json", "assets/a.png"}
+    assert set(checkpoint.others) == {"tokenizer.json", "modeling_x.py", "assets/a.png"}
     assert set(checkpoint.left_out) == {
         "pytorch_model.bin",
         "original/consolidated.00.pth",
+        "original/params.json",  # it describes those
         "consolidated.safetensors",
         "q4.gguf",
     }
