@@ -353,3 +353,32 @@ def test_command_refuses_what_does_not_belong_together(files, capsys):
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
     assert not (files / "r.html").exists()
+
+
+@needs_browser
+def test_many_classes_stand_side_by_side(chromium, tmp_path):
+    """As of a run of this library: losses of classes, no routed pairs counted."""
+    statistics = made_up_statistics(model_type="gatewright/dit", domains=("kept",))
+    plans = [make_plan(statistics, keep=0.5), make_plan(statistics, keep=0.5, criterion="random")]
+    content = evaluation(statistics, plans)
+    classes = [str(digit) for digit in range(10)]
+    content["full"] = {"loss": dict.fromkeys(classes, 0.2)}
+    for place, case in enumerate(content["cases"]):
+        case["delta"] = {name: 0.01 * place + 0.001 * int(name) for name in classes}
+        case["loss"] = {name: 0.2 + value for name, value in case["delta"].items()}
+        del case["rerouted"], case["rerouted_per_layer"]
+    data = page_data(plans[0], statistics, {"eval.json": content})
+    (tmp_path / "run.html").write_text(report(data), encoding="utf-8")
+    chromium.console()
+    chromium.size(1280, 900)
+    chromium.open(tmp_path / "run.html")
+    chromium.wait("return document.querySelector('main .page')")
+    tiles = chromium.run("return [...document.querySelectorAll('.tile')].map((one) => one.textContent)")
+    assert "+0.0045" in tiles[4] and "on average over 10 classes" in tiles[4]
+    click(chromium, "[data-page=loss]")
+    assert chromium.run("return [...document.querySelectorAll('main .fig')].map((one) => one.id)") == [
+        "fig-delta",
+        "fig-cases",
+    ]
+    assert "moved" not in text(chromium, "#fig-cases table")
+    assert chromium.console() == []
