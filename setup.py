@@ -27,7 +27,7 @@ def read_version() -> str:
 EXTRAS = {
     # The adapter in moe/hosts/deepspeed.py relies on what these versions do.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
-    "hf": ["transformers>=5.0,<6"],
+    "hf": ["tqdm", "transformers>=5.0,<6"],
     "tensorboard": ["tensorboard"],
     "triton": ["triton; platform_system == 'Linux'"],
     "megatron": ["megatron-core>=0.16,<0.20"],
@@ -40,7 +40,18 @@ EXTRAS = {
         "tensorboard",
         "tqdm",
     ],
-    "dev": ["accelerate", "build", "hypothesis", "packaging", "pytest", "ruff", "scipy", "setuptools", "wheel"],
+    "dev": [
+        "accelerate",
+        "build",
+        "hypothesis",
+        "packaging",
+        "pytest",
+        "ruff",
+        "scipy",
+        "setuptools",
+        "tokenizers",
+        "wheel",
+    ],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
