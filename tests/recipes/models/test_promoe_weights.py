@@ -162,6 +162,13 @@ def test_models_without_released_names(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("pruned", [{"num_experts": (6, 4)}, {"kept_experts": ((0, 1), (2, 5))}])
+def test_pruned_models_have_no_released_names(pruned):
+    config = small_config(**pruned)
+    with pytest.raises(ValueError, match="the same experts in every layer, and this pruned model has not"):
+        to_released(DiT(config).state_dict(), config)
+
+
 def test_as_a_program(tmp_path, capsys):
     config = CONFIGS["promoe"]
     model = opened(DiT(config))
