@@ -2,11 +2,9 @@
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 
-from . import families_table
 from .families import FAMILIES, REFUSED
-from .families_table import PROOFS, TRANSFORMERS, Proof, markdown
+from .families_table import Proof, markdown, read_table, write_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +31,20 @@ def run(args: argparse.Namespace) -> int:
         proofs = _prove(args.prove)
         _show(proofs, args.markdown)
         if args.write:
-            _write(proofs)
+            import transformers
+
+            write_table(transformers.__version__, proofs)
         return 0
+    version, known = read_table()
     chosen = args.family
     if chosen is None:
-        _show(PROOFS, args.markdown)
+        _show(known, args.markdown)
         print(
-            f"\nproven with transformers {TRANSFORMERS}, on tiny models; others are found by the shapes in their "
+            f"\nproven with transformers {version}, on tiny models; others are found by the shapes in their "
             "headers, and `gatewright prune inspect MODEL` says whether that leaves a doubt"
         )
         return 0
-    rows = [proof for proof in PROOFS if chosen in (proof.family, proof.model_type, f"{proof.family}_text")]
+    rows = [proof for proof in known if chosen in (proof.family, proof.model_type, f"{proof.family}_text")]
     if chosen in REFUSED:
         print(f"{chosen} cannot be pruned: {REFUSED[chosen]}")
     elif rows:
@@ -85,11 +86,3 @@ def _show(proofs: Iterable[Proof], as_markdown: bool) -> None:
             print(f"{proof.family:{width}}  proven: {', '.join(proof.implementations)}{groups}")
     refused = sum(bool(proof.refusal) for proof in proofs)
     print(f"\n{len(proofs) - refused} proven (pruned = masked, bit for bit on a CPU), {refused} refused by name")
-
-
-def _write(proofs: Iterable[Proof]) -> None:
-    from ...moe.files import write_text
-    from .proof import table_source
-
-    file = Path(families_table.__file__)
-    write_text(file, table_source(proofs, file.read_text(encoding="utf-8")))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import random
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
@@ -148,15 +147,3 @@ def random_plan(description: dict, policy: str, seed: int = 0) -> Plan:
         num_groups=1 if policy == "slice" else groups,
         topk_group=1 if policy == "slice" else description["topk_group"],
     )
-
-
-def table_source(proofs: Iterable[Proof], before: str) -> str:
-    """``families_table.py`` with these proofs in the place of its own."""
-    head, mark, _ = before.partition(_MARK)
-    if not mark:
-        raise ValueError(f"families_table.py has no line {_MARK!r} to write behind")
-    rows = "".join(f"    {proof!r},\n" for proof in sorted(proofs, key=lambda proof: proof.family))
-    return f'{head}{mark}\nTRANSFORMERS = "{transformers.__version__}"\nPROOFS = (\n{rows})\n'
-
-
-_MARK = "# Written by `gatewright prune families --prove all --write`."
