@@ -53,7 +53,16 @@ from .demos import (
     tokenise,
 )
 from .layerwise import LayerwiseModel, backbone
-from .loading import DTYPES, context_length, load_config, load_model, load_tokenizer, pick_device, vocabulary
+from .loading import (
+    DTYPES,
+    context_length,
+    evaluating,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    vocabulary,
+)
 from .model import LayerObservation, MoeBlock, moe_blocks, observe, token_contribution, wide
 from .run_folder import is_run_folder
 from .statistics import STANDARD, DomainStatistics, Statistics, exponents, key
@@ -259,13 +268,14 @@ def collect(
     walk = _Walk(about, options, progress and rank == 0, len(own), wanted)
     if rank == 0 and not parts.has_weights and not isinstance(model, LayerwiseModel):
         parts.keep_weights(_weights(about, {block.layer: mean_to_rms(block) for block in moe_blocks(plain)}))
-    if isinstance(model, LayerwiseModel):
-        for_weights = rank == 0 and not parts.has_weights
-        if for_weights and not wanted:
-            wanted = [by_digest[digest] for digest in own[:1]]
-        walk.layer_by_layer(model, wanted, tokens_at_once, parts, for_weights)
-    else:
-        walk.plain(model, wanted, parts)
+    with evaluating(plain):
+        if isinstance(model, LayerwiseModel):
+            for_weights = rank == 0 and not parts.has_weights
+            if for_weights and not wanted:
+                wanted = [by_digest[digest] for digest in own[:1]]
+            walk.layer_by_layer(model, wanted, tokens_at_once, parts, for_weights)
+        else:
+            walk.plain(model, wanted, parts)
     found = _gather(demos, shares, parts, rank, group, options, (len(about["layers"]), about["num_experts"]))
     if rank != 0:
         return None

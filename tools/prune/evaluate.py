@@ -34,7 +34,7 @@ from .collect import TOKENS_AT_ONCE, add_model_arguments, groups_of, load_demos,
 from .criteria import criterion_of
 from .demos import Demo
 from .layerwise import LayerwiseModel, backbone
-from .loading import pick_device
+from .loading import evaluating, pick_device
 from .mask import MODES, masked_by
 from .model import LayerObservation, moe_blocks, observe
 from .plan import Plan, make_plan, parse_keep
@@ -126,12 +126,12 @@ def evaluate(
         with masked_by(plain, case.plan, mode=case.mode):
             pass
     counts = _Counts(plain, data)
-    with counts.observing(plain):
+    with evaluating(plain), counts.observing(plain):
         full = _row(model, data, metric, tokens_at_once, counts)
     report(full)
     rows = []
     for case in cases:
-        with masked_by(plain, case.plan, mode=case.mode):
+        with evaluating(plain), masked_by(plain, case.plan, mode=case.mode):
             row = _row(model, data, metric, tokens_at_once)
         delta = {domain: row["loss"][domain] - full["loss"][domain] for domain in row["loss"]}
         rows.append({**_describe(case), **row, "delta": delta, **counts.rerouted(case.plan.keep)})

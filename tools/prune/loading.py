@@ -165,6 +165,18 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode: no dropout, no jitter of routers; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars of transformers."""
     shown = transformers.utils.logging.is_progress_bar_enabled()

@@ -237,6 +237,16 @@ def test_the_model_is_described():
     assert about["model_type"] == "deepseek_v3" and len(about["header_hash"]) == len(about["config_sha256"]) == 64
 
 
+def test_a_model_in_training_mode_is_observed_without_dropout():
+    model = load_model(tiny("mixtral", attention_dropout=0.5))
+    demos = made_demos(2)
+    expected = collect(model, demos, progress=False)
+    model.train()
+    model.lm_head.eval()
+    assert equal(collect(model, demos, progress=False), expected)
+    assert model.training and model.model.layers[0].training and not model.lm_head.training
+
+
 def test_a_layer_that_runs_twice_or_not_at_all_is_told():
     demo = made_demos(1)[0]
     sums = DemoSums({0: 0, 1: 1}, 8, demo, Options())

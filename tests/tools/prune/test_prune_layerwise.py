@@ -25,6 +25,27 @@ def test_layer_by_layer_is_the_whole_model_bit_for_bit(family):
     assert layers.sha256 == whole.sha256
 
 
+def test_an_interrupted_collection_goes_on_after_the_last_whole_group(tmp_path):
+    folder, groups = tiny("glm4_moe", shard_size="100KB"), []
+    whole = collect(load_model(folder), demos(), folder=folder, progress=False)
+    model = LayerwiseModel.open(folder)
+    run = model.run
+
+    def stopped_in_the_second(sequences):
+        groups.append(len(sequences))
+        for place in run(sequences):
+            if len(groups) == 2 and place == 2:
+                raise KeyboardInterrupt
+            yield place
+
+    model.run = stopped_in_the_second
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, demos(), folder=folder, progress=False, tokens_at_once=12, journal=tmp_path)
+    model.run = lambda sequences: groups.append(len(sequences)) or run(sequences)
+    found = collect(model, demos(), folder=folder, progress=False, tokens_at_once=12, journal=tmp_path)
+    assert groups == [2, 1, 1] and found.sha256 == whole.sha256
+
+
 def test_layers_of_several_kinds_go_through_in_order():  # chunked and full attention, with and without positions
     folder = tiny("llama4_text", shard_size="100KB", attention_chunk_size=4)
     whole, seen = load_model(folder), []
