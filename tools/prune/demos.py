@@ -733,10 +733,25 @@ def first_of_each(lines: Sequence[Line], number: int | None) -> list[Line]:
 
 
 def endpoint_of(args: argparse.Namespace, tokenizer: Any) -> Endpoint | None:
-    """The server that the command names, if any."""
+    """The server that the command names, if any.
+
+    Raises:
+        ValueError: an option about answers that cannot be.
+    """
+    for option, value, fine, allowed in (
+        ("--answer-tokens", args.answer_tokens, args.answer_tokens > 0, "at least 1"),
+        ("--temperature", args.temperature, (args.temperature or 0) >= 0, "from 0, which is greedy"),
+        ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("--endpoint-parallel", args.endpoint_parallel, args.endpoint_parallel > 0, "at least 1"),
+        ("--endpoint-timeout", args.endpoint_timeout, args.endpoint_timeout > 0, "above 0"),
+    ):
+        if not fine:
+            raise ValueError(f"{option} {value}: it must be {allowed}")
     if (args.endpoint is None) != (args.endpoint_model is None):
         raise ValueError("--endpoint and --endpoint-model go together")
     if args.endpoint is None:
+        if args.endpoint_key_variable is not None:
+            raise ValueError("--endpoint-key-variable is for --endpoint, which is not given")
         return None
     return Endpoint(
         args.endpoint,

@@ -480,3 +480,20 @@ def test_the_command_line_names_files_domains_and_limits(tmp_path):
         arguments("--demos", str(first), "--endpoint", "http://x", "--endpoint-model", "m"), byte_tokenizer(TEMPLATE)
     )
     assert endpoint.url == "http://x" and "without template" not in endpoint.name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--answer-tokens", "0"], "--answer-tokens 0: it must be at least 1"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--top-p", "0"], "--top-p 0.0: it must be above 0"),
+        (["--endpoint-parallel", "0"], "--endpoint-parallel 0"),
+        (["--endpoint-timeout", "0"], "--endpoint-timeout 0.0"),
+        (["--endpoint-key-variable", "KEY"], "is for --endpoint, which is not given"),
+        (["--endpoint-model", "m"], "go together"),
+    ],
+)
+def test_impossible_options_about_answers_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        demos.endpoint_of(arguments("--demos", "d.jsonl", *options), None)
