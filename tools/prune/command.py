@@ -21,6 +21,8 @@ STEPS: dict[str, tuple[str, str]] = {
     "report": (".report", "draw a plan as one HTML file"),
 }
 
+EXTRA = ("tqdm", "transformers")  # what steps that run the model need beyond the core
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, STEPS))
@@ -37,7 +39,14 @@ def run(args: argparse.Namespace) -> int:
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(STEPS)}"
         raise ValueError(f'unknown step "{args.step}" of prune: {hint}')
     module_name, summary = STEPS[args.step]
-    module = importlib.import_module(module_name, __package__)
     parser = argparse.ArgumentParser(prog=f"gatewright prune {args.step}", description=f"{summary}.")
-    module.add_arguments(parser)
-    return module.run(parser.parse_args(args.arguments))
+    try:
+        module = importlib.import_module(module_name, __package__)
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(args.arguments))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise ValueError(
+            f'`gatewright prune {args.step}` needs {error.name}, which is not installed: pip install "gatewright[hf]"'
+        ) from None

@@ -94,6 +94,13 @@ class Plan:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        for name in ("model", "domains", "budget", "kept_mass", "margins", "stability"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not an object")
+        if not all(isinstance(weight, int | float) and weight > 0 for weight in self.domains.values()):
+            raise ValueError(f"domains is {dict(self.domains)}: the weight of each is a number above 0")
+        if not isinstance(self.notes, list | tuple) or not all(isinstance(note, str) for note in self.notes):
+            raise ValueError(f"notes is {self.notes!r}, not a list of sentences")
         put("model", checked_model(self.model))
         criterion_of(self.criterion)
         _one_of("policy", self.policy, POLICIES)

@@ -211,6 +211,8 @@ class Statistics:
     version: str = __version__
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, Mapping) or not isinstance(self.options, Mapping):
+            raise ValueError("model and options are objects")
         object.__setattr__(self, "model", checked_model(self.model))
         shape = (len(self.model["layers"]), self.model["num_experts"])
         if not self.domains and not self.weights:
@@ -285,7 +287,7 @@ class Statistics:
                     )
                 check_format(file, about, FORMAT)
                 arrays = {name: stream.get_tensor(name) for name in stream.keys()}
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, TypeError) as error:  # a type that numpy lacks is a TypeError
             raise ValueError(
                 f"{file} is not a file of pruning statistics, or is cut short ({error}): collect it again"
             ) from None

@@ -63,6 +63,17 @@ def test_step_imports_no_torch(step):
     assert done.stdout.strip() == "[]"
 
 
+def test_what_is_not_installed_is_named_with_the_extra():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from gatewright.tools.cli import main\n"
+        "sys.exit(main(['prune', 'collect', 'folder', '--demos', 'demos.jsonl', '--out', 'stats']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'needs transformers, which is not installed: pip install "gatewright[hf]"' in done.stderr
+
+
 def test_plan(tmp_path, stats, capsys):
     out = tmp_path / "plan.json"
     assert main(["prune", "plan", stats, "--keep", "0.5", "--criterion", "easy-ep", "--out", str(out)]) == 0

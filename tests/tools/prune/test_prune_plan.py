@@ -329,6 +329,12 @@ def test_the_hash_follows_what_is_pruned_and_nothing_else(statistics):
         ({"kepe": {}}, "no field kepe"),
         ({"top_k": 1.5}, "not a whole number"),
         ({"criterion": "best"}, "unknown criterion"),
+        ({"model": 5}, "model is 5, not an object"),
+        ({"model": {}}, "model_type is None"),
+        ({"domains": ["code"]}, "not an object"),
+        ({"domains": {"code": "much"}}, "a number above 0"),
+        ({"kept_mass": 5}, "kept_mass is 5"),
+        ({"notes": "all well"}, "not a list of sentences"),
     ],
 )
 def test_what_cannot_be_is_refused_on_reading(tmp_path, statistics, change, says):
