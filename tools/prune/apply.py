@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...moe.files import flush_to_disk, write_text
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, readable_size
 from .journal import Finished, Journal, crc32
 from .layout import Layout
 from .run_folder import is_run_folder
@@ -159,8 +159,8 @@ def check_room(target: Target, out: Path, files: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(
-            f"{out} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB left: make room, or choose "
-            "a folder on another disk"
+            f"{out} needs {readable_size(needed)} and its disk has {readable_size(free)} left: make room, or choose a "
+            "folder on another disk"
         )
 
 
@@ -312,8 +312,8 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
 
     def progress(file: str, done: int, total: int) -> None:
-        speed = done / 2**30 / max(time.monotonic() - began, 1e-9)
-        print(f"{file}  {done / 2**30:.2f} of {total / 2**30:.2f} GiB, {speed:.2f} GiB/s", file=sys.stderr)
+        speed = readable_size(int(done / max(time.monotonic() - began, 1e-9)))
+        print(f"{file}  {readable_size(done)} of {readable_size(total)}, {speed}/s", file=sys.stderr)
 
     applied = apply(plan, args.model, args.out, progress=progress)
     target = applied.target
@@ -324,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
     if target.checkpoint.left_out:
         print(f"not carried, for they hold weights of the old size: {', '.join(target.checkpoint.left_out)}")
     print(
-        f"{args.out}: {target.checkpoint.file_bytes / 2**30:.2f} -> {target.weight_bytes / 2**30:.2f} GiB of weights "
-        f"in {len(target.shards)} files; `gatewright prune verify` proves them"
+        f"{args.out}: {readable_size(target.checkpoint.file_bytes)} -> {readable_size(target.weight_bytes)} of weights "
+        f"in {len(target.shards)} file{'s' if len(target.shards) > 1 else ''}; `gatewright prune verify` proves them"
     )
     return 0

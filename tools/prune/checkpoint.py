@@ -279,11 +279,24 @@ def _again(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[str]:
     """Every file below the folder, relative to it; hidden files and folders (.git, .cache) are not part of a model."""
+    seen = set()  # a link to a folder around it leads nowhere new
     for where, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(where) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
         for name in names:
             if not name.startswith("."):
                 yield (Path(where) / name).relative_to(folder).as_posix()
+
+
+def readable_size(size: int) -> str:
+    """Bytes in binary units, as a person reads them."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} bytes"
 
 
 def _read_json(path: Path) -> dict:

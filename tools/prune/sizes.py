@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, readable_size
 from .families import text_config
 from .layout import EXPERT, Layout
 from .run_folder import is_run_folder
@@ -88,11 +88,11 @@ class Report:
             "",
         ]
         if self.target is None:
-            rows = [("", "now"), *((name, _gib(size)) for name, size in _rows(self.before))]
+            rows = [("", "now"), *((name, readable_size(size)) for name, size in _rows(self.before))]
         else:
             rows = [("", f"{self.experts_before} experts", f"{self.experts_after} experts", "")]
             for (name, before), (_, after) in zip(_rows(self.before), _rows(self.after), strict=True):
-                rows.append((name, _gib(before), _gib(after), f"{after / before - 1:+.1%}"))
+                rows.append((name, readable_size(before), readable_size(after), f"{after / before - 1:+.1%}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             cells = [
@@ -376,10 +376,6 @@ def _rows(sizes: Sizes) -> list[tuple[str, int]]:
         rows.append((f"each of {size} GPUs, tensor parallel", sizes.gpu[size]))
         rows.append((f"each of {size} GPUs, expert parallel", sizes.expert_parallel[size]))
     return rows
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def _check_sizes(parallel: Sequence[int]) -> None:

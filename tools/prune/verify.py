@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import BITS, CONFIG, INDEX, Checkpoint, TensorEntry
+from .checkpoint import BITS, CONFIG, INDEX, Checkpoint, TensorEntry, readable_size
 from .families import COUNT_KEYS, COUPLED_KEYS, text_config_path
 from .layout import EXPERT, Layout
 from .run_folder import is_run_folder
@@ -120,7 +120,7 @@ def check_bytes(plan: "Plan", model: Path, pruned: Path) -> Check:
             compared += found.nbytes
     problems += _compare_config(source, output, layout, plan)
     problems += _compare_others(source, output)
-    summary = f"{len(expected)} tensors, {compared / 2**30:.2f} GiB, compared byte for byte with the source"
+    summary = f"{len(expected)} tensors, {readable_size(compared)}, compared byte for byte with the source"
     return Check("V0", not problems, summary, tuple(problems))
 
 

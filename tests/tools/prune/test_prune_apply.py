@@ -254,7 +254,7 @@ def test_disk_that_is_too_small(model, tmp_path, monkeypatch):
     usage = type("usage", (), {})()
     monkeypatch.setattr(apply_module.shutil, "disk_usage", lambda _: usage)
     usage.free = needed - 1
-    with pytest.raises(ValueError, match="GiB left: make room, or choose a folder on another disk"):
+    with pytest.raises(ValueError, match=" left: make room, or choose a folder on another disk"):
         apply(plan, model, tmp_path / "out")
     assert not workplace(tmp_path / "out").exists() and not (tmp_path / "out").exists()
     usage.free = needed
@@ -449,7 +449,7 @@ def test_memory_and_imports(tmp_path):
     assert done.returncode == 0, done.stderr
     *shown, torch_imported, peak = done.stdout.splitlines()
     assert torch_imported == "False" and int(peak) * 1024 < 100_000_000
-    assert shown[-1].startswith(f"{tmp_path / 'out'}: 0.00 -> 0.00 GiB of weights in 1 files")
+    assert shown[-1].startswith(f"{tmp_path / 'out'}: ") and "KiB of weights in 1 file;" in shown[-1]
 
 
 def test_command_refuses_in_one_line(tmp_path, capsys):

@@ -61,6 +61,7 @@ def test_other_files_are_carried_and_other_weights_are_not(tmp_path):
         (tmp_path / name).write_text("{}")
     for name in ("pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "q4.gguf"):
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "assets/around").symlink_to(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     assert set(checkpoint.others) == {"tokenizer.json", "modeling_x.py", "assets/a.png"}
     assert set(checkpoint.left_out) == {
