@@ -156,6 +156,7 @@ def _entries() -> Iterator[Family]:
             "beam",
             Memory(gate_factors=("block.routed_scaling_factor",), post_norms=("layer.post_feedforward_layernorm",)),
         ),
+        ("cohere2_moe", Memory(residual_factors=("block.shared_expert_combination_strategy",))),
         ("flex_olmo", Memory(residual="block_input", post_norms=("layer.post_feedforward_layernorm",))),
         (
             "gemma4_text",

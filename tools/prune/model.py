@@ -269,8 +269,8 @@ class _LayerListener:
         mlp_input = self.block_input if self.block_input is not None else self.call[0]
         before = self._residual(mlp_input).detach()
         x_TD, index_TK, gate_TK = (part.detach() for part in self.call)
-        inner = math.prod(float(_resolve(block, path)) for path in memory.gate_factors)
-        outer = math.prod(float(_resolve(block, path)) for path in memory.residual_factors)
+        inner = math.prod(_factor(block, path) for path in memory.gate_factors)
+        outer = math.prod(_factor(block, path) for path in memory.residual_factors)
         project = _linear_part(_resolve(block, memory.projection)) if memory.projection else None
         if block.runs_all_experts:
             rows_ETD = self.routed.detach().view(-1, len(index_TK), self.routed.shape[-1])
@@ -278,7 +278,7 @@ class _LayerListener:
             token = torch.arange(len(index_TK), device=index_TK.device)[:, None]
             norm_TK = wide(rows_ETD[index_TK, token]).norm(dim=-1) / wide(gate_TK).clamp_min(1e-38)
             if (kept := getattr(block.router, "kept_experts", None)) is not None:  # masked: rows of the kept ones alone
-                index_TK = kept[index_TK]
+                index_TK = kept.to(index_TK.device)[index_TK]
         else:
             routed_TD = self.routed.detach().flatten(0, -2)
             norm_TK = _output_norms(block.experts, x_TD, index_TK, gate_TK.dtype, project, self.factor)
@@ -293,7 +293,7 @@ class _LayerListener:
             index_TK = index_TK.masked_fill(gate_TK == 0, -1)
         before = before.flatten(0, -2)
         if memory.before_factor:
-            before = before * float(_resolve(block, memory.before_factor))
+            before = before * _factor(block, memory.before_factor)
         return LayerObservation(
             layer=block.layer,
             shape=self.shape,
@@ -414,6 +414,14 @@ def _resolve(block: MoeBlock, path: str) -> Any:
     for part in rest.split("."):
         value = getattr(value, part)
     return value
+
+
+def _factor(block: MoeBlock, path: str) -> float:
+    """The number there; Cohere 2 names how the routed and the shared output become one."""
+    value = _resolve(block, path)
+    if value in ("sum", "average"):
+        return 0.5 if value == "average" and hasattr(block.holder, "shared_experts") else 1.0
+    return float(value)
 
 
 def _named(hook: Callable, name: str) -> Callable:

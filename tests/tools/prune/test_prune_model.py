@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers")
 from prune_models import THIRTEEN  # noqa: E402
 
 from gatewright.tools.prune.families import FAMILIES  # noqa: E402
+from gatewright.tools.prune.families_table import read_table  # noqa: E402
 from gatewright.tools.prune.model import moe_blocks, observe, token_contribution  # noqa: E402
 from gatewright.tools.prune.tiny import EXPERTS, HIDDEN, VOCABULARY, tiny_model  # noqa: E402
 
@@ -192,6 +193,38 @@ def test_the_norm_behind_the_block_is_followed():
             torch.testing.assert_close(one.routed_output, routed * scale * norm.weight, rtol=1e-4, atol=1e-5)
             whole = one.hidden_before + norm(routed + shared)
             torch.testing.assert_close(whole, watched.layer_output[block.layer].view_as(whole), rtol=1e-4, atol=1e-5)
+
+
+# Where taking the experts away changes more than the routed part: a norm behind the sum with the shared expert,
+# streams instead of one residual, convolutions and learned scales behind the block.
+NOT_LINEAR = ("afmoe", "axk1", "gemma4", "kolibri1")
+STREAMS = ("glm5_next", "hy_v4", "qwen4_exp")
+RESCALED = ("beam", "inkling", "inkling2", "muse_spark", "zaya")
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("family", [proof.family for proof in read_table()[1] if not proof.refusal])
+def test_the_routed_output_is_what_a_layer_lacks_without_its_experts(family):
+    model = tiny_model(next(proof.model_type for proof in read_table()[1] if proof.family == family))
+    found = observed(model)
+    for one, block in zip(found, moe_blocks(model), strict=True):
+        assert torch.all(one.routed_output.norm(dim=-1) <= one.summand_norm.sum(-1) * (1 + 1e-4))
+        outputs = []
+        hook = block.decoder.register_forward_hook(
+            lambda module, args, output, kept=outputs: kept.append(output[0] if isinstance(output, tuple) else output)
+        )
+        with torch.inference_mode():
+            model(input_ids=IDS)
+            without = block.experts.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            model(input_ids=IDS)
+        hook.remove(), without.remove()
+        lacking = (outputs[0] - outputs[1]).flatten(0, -2)
+        if family in STREAMS:
+            assert lacking.numel() > one.routed_output.numel()
+        elif family in NOT_LINEAR + RESCALED:
+            assert torch.nn.functional.cosine_similarity(lacking, one.routed_output).min() > 0.5
+        else:
+            torch.testing.assert_close(one.routed_output, lacking, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_projections_and_skips_of_other_families():
