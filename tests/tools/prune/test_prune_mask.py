@@ -271,3 +271,19 @@ def test_a_router_whose_slicing_is_not_understood_is_refused():
     with pytest.raises(ValueError, match="which axis counts experts"), masked(model, different_sets(model)):
         raise AssertionError("entered")
     assert "forward" not in router.__dict__
+
+
+@pytest.mark.parametrize("mode", ["reroute", "no-reroute"])
+def test_models_that_accelerate_dispatches(mode):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, plain = tiny_model("deepseek_v3"), tiny_model("deepseek_v3")
+    keep = different_sets(plain)
+    with masked(plain, keep, mode=mode):
+        want = logits(plain)
+    state = {f"{block.name}.{block.router_name}": block.router for block in moe_blocks(model)}
+    for router in state.values():
+        hooks.add_hook_to_module(router, hooks.AlignDevicesHook("cpu", offload=True, weights_map=None))
+    assert all(parameter.is_meta for router in state.values() for parameter in router.parameters())
+    with masked(model, keep, mode=mode):
+        assert torch.equal(logits(model), want)
+    assert torch.equal(logits(model), logits(plain))
