@@ -160,6 +160,7 @@ def test_other_bad_requests(tmp_path):
 
 def test_commands(tmp_path, capsys):
     source = copied(tiny("olmoe"), tmp_path / "model")
+    capsys.readouterr()  # what importing a library prints
     assert main(["prune", "inspect", str(source), "--keep", "0.5", "--tensor-parallel", "2"]) == 0
     inspected = capsys.readouterr().out
     plan_of(source).save(tmp_path / "plan.json")
