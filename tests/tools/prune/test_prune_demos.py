@@ -336,7 +336,7 @@ def serve():
     def start(*replies):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
         server.replies, server.requests, server.lock = list(replies), [], threading.Lock()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return server, f"http://127.0.0.1:{server.server_port}/v1"
 
