@@ -128,7 +128,7 @@ def _entries() -> Iterator[Family]:
     for name in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"):
         yield Family(
             model_type=name,
-            top_k=8,
+            top_k=2,
             fused=("input_linear.weight", "output_linear.weight"),
             memory=Memory(residual_factors=("layer.residual_multiplier",)),
         )
@@ -148,14 +148,20 @@ def _entries() -> Iterator[Family]:
     # Routers that score more than experts: a sink of the shared experts; an expert that does nothing.
     yield Family(model_type="inkling_text", group_score=2, extra_rows="n_shared_experts")
     yield Family(model_type="zaya", top_k=1, extra_rows=1, memory=Memory(zero_gate_is_none=True))
-    # On disk the synonyms serve; in memory something stands between the experts and the residual stream.
+    # Grouped where config.json does not say otherwise.
     for name, memory in (
-        ("afmoe", Memory(post_norms=("layer.post_mlp_layernorm",))),
+        ("deepseek_v32", Memory()),
+        ("bailing_hybrid", Memory()),
         ("axk1", Memory(post_norms=("block.post_mlp_layernorm",))),
         (
             "beam",
             Memory(gate_factors=("block.routed_scaling_factor",), post_norms=("layer.post_feedforward_layernorm",)),
         ),
+    ):
+        yield Family(model_type=name, top_k=8, num_groups=8, topk_group=4, group_score=2, memory=memory)
+    # On disk the synonyms serve; in memory something stands between the experts and the residual stream.
+    for name, memory in (
+        ("afmoe", Memory(post_norms=("layer.post_mlp_layernorm",))),
         ("cohere2_moe", Memory(residual_factors=("block.shared_expert_combination_strategy",))),
         ("flex_olmo", Memory(residual="block_input", post_norms=("layer.post_feedforward_layernorm",))),
         (

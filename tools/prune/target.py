@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .checkpoint import BITS, CONFIG, INDEX, Checkpoint, TensorEntry
-from .families import COUNT_KEYS, COUPLED_KEYS, GROUP_KEYS, TOPK_GROUP_KEYS, at, count_places
+from .families import COUPLED_KEYS, at, count_places
 from .json_text import Path as JsonPath
 from .json_text import replace_values
 from .layout import EXPERT, Layout, MoeLayer
@@ -334,14 +334,14 @@ def pruned_config(checkpoint: Checkpoint, layout: Layout, plan: "Plan", cut: Cut
     edits: dict[JsonPath, object] = {}
     for number, place in enumerate(count_places(config)):
         here = at(config, place)
-        for key in COUNT_KEYS:
+        for key in family.count_keys:
             _set(edits, here, (*place, key), layout.num_experts, plan.count)
         for key in COUPLED_KEYS:
             _set(edits, here, (*place, key), layout.num_experts, plan.count)
         changes = (
             (family.top_k_keys, layout.top_k, plan.top_k),
-            (GROUP_KEYS, layout.num_groups, plan.num_groups),
-            (TOPK_GROUP_KEYS, layout.topk_group, plan.topk_group),
+            (family.group_keys, layout.num_groups, plan.num_groups),
+            (family.topk_group_keys, layout.topk_group, plan.topk_group),
         )
         for keys, old, new in changes:
             if old == new:

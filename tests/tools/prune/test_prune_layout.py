@@ -33,6 +33,7 @@ ON_DISK = {
     "minimax_m2": ("block_sparse_moe", (("e_score_correction_bias", 0), ("gate.weight", 0)), ()),
 }
 DENSE_FIRST = ("deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe")
+GRANITE = ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
 F32 = 4
 
 
@@ -60,7 +61,7 @@ def test_family(family):
     assert described["num_experts"] == 8 and described["layers"] == [layer.index for layer in layout.layers]
 
 
-@pytest.mark.parametrize("family", THIRTEEN)
+@pytest.mark.parametrize("family", [*THIRTEEN, "deepseek_v32", "bailing_hybrid", "axk1", "beam", *GRANITE, "zaya"])
 def test_defaults_are_those_of_transformers(family):
     """What an entry says of a config.json that says nothing."""
     entry, config = FAMILIES[family], config_class(family)()
