@@ -41,6 +41,7 @@ from torch import Tensor, distributed, nn
 from ... import __version__
 from ...moe.files import write_bytes
 from . import demos as demos_module
+from .checkpoint import Checkpoint
 from .demos import (
     Demo,
     ModelGenerator,
@@ -53,6 +54,7 @@ from .demos import (
     tokenise,
 )
 from .layerwise import LayerwiseModel, backbone
+from .layout import Layout
 from .loading import (
     DTYPES,
     context_length,
@@ -216,9 +218,6 @@ def describe_model(model: nn.Module, folder: str | Path | None = None) -> dict[s
         "mtp_layers": [],
     }
     if folder is not None:
-        from .checkpoint import Checkpoint
-        from .layout import Layout
-
         checkpoint = Checkpoint.open(folder)
         about["config_sha256"], about["header_hash"] = checkpoint.config_sha256, checkpoint.header_hash
         about["mtp_layers"] = [layer.index for layer in Layout.of(checkpoint).mtp_layers]
@@ -590,6 +589,7 @@ def load_demos(
     """
     lines = lines_of(args)
     config = load_config(args.model)
+    Layout.of(Checkpoint.open(args.model))  # refuses what cannot be pruned
     tokenizer = load_tokenizer(args.model) if any(line.kind != "input_ids" for line in lines) else None
     template = not args.no_template
     limits = {"vocab_size": vocabulary(config), "context": context_length(config), "truncate": args.truncate}
@@ -632,8 +632,6 @@ def load_demos(
 
 
 def _digests(folder: Path) -> str:
-    from .checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(folder)
     return hashlib.sha256(f"{checkpoint.config_sha256} {checkpoint.header_hash}".encode()).hexdigest()
 

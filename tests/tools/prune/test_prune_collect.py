@@ -448,7 +448,8 @@ def test_bad_demonstrations_are_told_before_the_model_is_loaded(speaking, tmp_pa
     assert not list(tmp_path.glob("stats*"))
 
 
-def test_what_is_no_moe_checkpoint_is_refused(speaking, tmp_path, capsys):
+def test_what_is_no_moe_checkpoint_is_refused_before_it_is_loaded(speaking, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(collect_module, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     file = write_lines(tmp_path / "d.jsonl", {"input_ids": [5, 6, 7]})
