@@ -400,8 +400,8 @@ function deltaFigure(app, grid, evaluation, names) {
   const { cases } = evaluation, { theme, data } = app, places = placesOf(evaluation), most = Math.max(1e-9, ...cases.flatMap((one) => names.map((name) => Math.abs(one.delta[name]))));
   app.figure(grid, {
     id: "delta", title: "Change of the loss", explain: "loss", wide: true, note: `In ${data.unit}: what each choice adds to the whole model's loss. Orange is worse, blue better.`,
-    draw: (width) => heatMap(app, { width, indent: 168, rows: cases.length, columns: names.length, tall: 26, label: "Change of the loss of every case on every domain",
-      colour: (r, c) => mix(theme.diverging, 0.5 + cases[r].delta[names[c]] / (2 * most)), cellText: (r, c) => signed(cases[r].delta[names[c]], places), rowText: (r) => clip(`${cases[r].criterion}, ${cases[r].count ?? percent(cases[r].keep)} kept${cases[r].mode === "no-reroute" ? ", no re-routing" : ""}`, 28), columnText: (c) => clip(names[c], 12),
+    draw: (width) => heatMap(app, { width, indent: Math.min(168, 0.42 * width), rows: cases.length, columns: names.length, tall: 26, label: "Change of the loss of every case on every domain",
+      colour: (r, c) => mix(theme.diverging, 0.5 + cases[r].delta[names[c]] / (2 * most)), cellText: (r, c) => signed(cases[r].delta[names[c]], places), rowText: (r) => clip(`${cases[r].criterion}, ${cases[r].count ?? percent(cases[r].keep)} kept${cases[r].mode === "no-reroute" ? ", no re-routing" : ""}`, Math.floor(Math.min(168, 0.42 * width) / 6)), columnText: (c) => clip(names[c], 12),
       legend: { stops: theme.diverging, texts: [signed(-most, places), "0", signed(most, places)], title: "against the whole model" },
       tip: (r, c) => [el("b", {}, `${caseText(cases[r])}: ${names[c]}`), tipRow("loss", number(cases[r].loss[names[c]])), tipRow("change", signed(cases[r].delta[names[c]], places + 1))] }),
     csv: () => caseRows(evaluation, names),

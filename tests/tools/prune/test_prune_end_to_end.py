@@ -5,7 +5,7 @@ import json
 import browser
 import pytest
 import torch
-from prune_models import copied, tiny
+from prune_models import copied, tiny, with_mtp
 from prune_text import BYTES_VOCABULARY, TEMPLATE, byte_tokenizer, write_lines
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,3 +131,35 @@ def test_refusals_come_before_anything_is_written(walked, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.splitlines()[-1].startswith("gatewright: error: "), error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """A DeepSeek-V3 of two groups with a layer for multi-token prediction, and what one pass over token ids leaves."""
+    here = tmp_path_factory.mktemp("grouped")
+    with_mtp(tiny("deepseek_v3", num_experts=8, n_group=2, topk_group=1), here / "model")
+    demos = [{"input_ids": [3 + (7 * i + i * j) % 60 for j in range(24)]} for i in range(6)]
+    write_lines(here / "demos.jsonl", *demos)
+    arguments = ["--demos", str(here / "demos.jsonl"), "--out", str(here / "stats"), "--device", "cpu", "--quiet"]
+    assert main(["prune", "collect", str(here / "model"), "--layerwise", *arguments]) == 0
+    return here
+
+
+@pytest.mark.parametrize("policy", ["slice-equal-groups", "slice", "slice-regroup"])
+@pytest.mark.parametrize("mtp", ["strip", "prune"])
+def test_groups_and_multi_token_prediction(grouped, tmp_path, capsys, policy, mtp):
+    plan, out = tmp_path / "plan.json", tmp_path / "pruned"
+    argv = ["--keep", "0.5", "--policy", policy, "--out", str(plan), "--model", str(grouped / "model")]
+    if mtp == "prune":
+        (tmp_path / "mtp.json").write_text('{"4": [0, 1, 4, 6]}')
+        argv += ["--mtp-keep", str(tmp_path / "mtp.json")]
+    assert main(["prune", "plan", str(grouped / "stats"), *argv]) == 0
+    assert (Plan.load(plan).mtp, Plan.load(plan).num_groups) == (mtp, 1 if policy == "slice" else 2)
+    assert main(["prune", "apply", str(plan), "--model", str(grouped / "model"), "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["prune", "verify", str(plan), "--model", str(grouped / "model"), "--pruned", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{level}  passed" in said for level in ("V0", "V1", "V2", "V3"))
+    config = json.loads((out / "config.json").read_text())
+    assert config["n_routed_experts"] == 4 and config["n_group"] == Plan.load(plan).num_groups
+    assert (config["num_nextn_predict_layers"] == 0) == (mtp == "strip")
