@@ -280,6 +280,10 @@ class Cut:
         new = self.experts[match["block"]].get(int(match["expert"]))
         return None if new is None else TargetTensor(f"{match['block']}.experts.{new}.{match['rest']}", entry)
 
+    @cached_property
+    def _blocks(self) -> dict[str, str]:
+        return {_from_layers_on(block): block for block in (*self.experts, *self.stripped_blocks)}
+
     def renamed(self, name: str, where: str) -> str | None:
         """A module's or tensor's name after the cut, None if it is gone; text that names no expert is returned as is.
 
@@ -289,12 +293,12 @@ class Cut:
         match = NAMED.fullmatch(name)
         if match is None:
             return name
-        blocks = [block for block in (*self.experts, *self.stripped_blocks) if _same_block(block, match["block"])]
-        if len(blocks) != 1:
+        block = self._blocks.get(_from_layers_on(match["block"]))
+        if block is None:
             raise ValueError(f'{where} names "{name}", an expert of no MoE layer of this model')
-        if blocks[0] in self.stripped_blocks:
+        if block in self.stripped_blocks:
             return None
-        new = self.experts[blocks[0]].get(int(match["expert"]))
+        new = self.experts[block].get(int(match["expert"]))
         return None if new is None else f"{match['block']}.experts.{new}{match['rest']}"
 
     def check_pattern(self, pattern: str, where: str) -> None:
@@ -318,11 +322,10 @@ class Cut:
                         )
 
 
-def _same_block(block: str, named: str) -> bool:
-    """Whether a name is this block's; wrappers before the layers ("model.", "language_model.model.") may differ."""
-    start = re.search(r"(?:^|\.)((?:mtp\.)?(?:layers|blocks|block|h)\.\d+(?:\..*)?)$", block)
-    tail = start[1] if start else block
-    return block == named or named == tail or (named.endswith("." + tail) and not named.startswith("mtp."))
+def _from_layers_on(block: str) -> str:
+    """A block's name without what wraps its layers ("model.", "language_model.model."): lists may leave that out."""
+    match = re.search(r"(?:^|\.)((?:mtp\.)?(?:layers|blocks|block|h)\.\d+(?:\..*)?)$", block)
+    return match[1] if match else block
 
 
 # ---------------------------------------------------------------------------------------------------- config and index
