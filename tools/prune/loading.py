@@ -80,9 +80,14 @@ def load_model(folder: str | Path, *, dtype: str = "auto", device: str | torch.d
     """
     config = load_config(folder)
     Checkpoint.open(folder)  # says what is wrong with its files
+    options = loading_options(config, dtype)
+    if transformers.utils.is_accelerate_available():  # straight to the device, not through as much memory of the host
+        options["device_map"] = {"": torch.device(device)}
     try:
         with quiet():
-            model = model_class(config).from_pretrained(folder, **loading_options(config, dtype))
+            model = model_class(config).from_pretrained(folder, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise ValueError(f"{folder} does not fit on {device}: collect and evaluate take --layerwise") from None
     except (ValueError, ImportError, OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{folder} cannot be loaded: {_first_line(error)}") from None
     return model.to(device).eval()

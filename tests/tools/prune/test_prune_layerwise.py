@@ -156,7 +156,7 @@ def test_demonstrations_go_in_groups_of_few_tokens():
 # loading
 
 
-def test_a_model_is_loaded_as_asked(tmp_path):
+def test_a_model_is_loaded_as_asked(tmp_path, monkeypatch):
     folder = tiny("mixtral")
     assert load_model(folder).dtype == torch.float32
     wide = load_model(folder, dtype="float64")
@@ -167,10 +167,23 @@ def test_a_model_is_loaded_as_asked(tmp_path):
         load_model(folder, dtype="int8")
     with pytest.raises(ValueError, match='device "cuda:99" cannot be used'):
         pick_device("cuda:99")
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.utils.is_accelerate_available", lambda: False)
+        state = load_model(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_model(folder).state_dict().items())
     broken = copied(folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="model.safetensors"):
         load_model(broken)
+
+
+def test_a_model_that_does_not_fit_is_told_what_to_do(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.MixtralForCausalLM.from_pretrained", full)
+    with pytest.raises(ValueError, match="does not fit on cpu: .*--layerwise"):
+        load_model(tiny("mixtral"))
 
 
 def test_scaled_formats_become_plain_numbers_on_loading(tmp_path):
