@@ -120,6 +120,30 @@ def test_where_a_tensor_starts_in_memory_does_not_count(tmp_path):
         assert check_logits(plan, source, tmp_path / "pruned").passed
 
 
+def test_an_implementation_that_the_model_itself_does_not_run_under_is_left_out(pruned, monkeypatch):
+    experts = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
+    original = experts.forward
+
+    def forward(self, *args, **kwargs):
+        if self.config._experts_implementation == "grouped_mm":
+            raise RuntimeError("strides should be multiple of 16 bytes")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(experts, "forward", forward)
+    found = check_logits(pruned.plan, pruned.source, pruned.out)
+    assert found.passed and found.summary.endswith("logits under eager, batched_mm")
+    assert not check_logits(pruned.plan, pruned.source, pruned.out, implementations=("grouped_mm",)).passed
+
+    def only_the_pruned_one_fails(self, *args, **kwargs):
+        if self.num_experts == 4:
+            raise RuntimeError("strides should be multiple of 16 bytes")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(experts, "forward", only_the_pruned_one_fails)
+    found = check_logits(pruned.plan, pruned.source, pruned.out)
+    assert not found.passed and "strides" in found.problems[0]
+
+
 def test_keep_rows_has_no_checkpoint_to_compare(pruned):
     plan = SimpleNamespace(policy="keep-rows")
     found = check_logits(plan, pruned.source, pruned.out)
