@@ -163,3 +163,18 @@ def test_groups_and_multi_token_prediction(grouped, tmp_path, capsys, policy, mt
     config = json.loads((out / "config.json").read_text())
     assert config["n_routed_experts"] == 4 and config["n_group"] == Plan.load(plan).num_groups
     assert (config["num_nextn_predict_layers"] == 0) == (mtp == "strip")
+
+
+def test_a_size_is_kept_to(walked, tmp_path):
+    """The count that a size asks for is the largest whose files are no larger."""
+    model, stats, sizes = walked / "model", str(walked / "stats"), {}
+    for count in (5, 6):
+        plan, out = tmp_path / f"plan-{count}", tmp_path / f"pruned-{count}"
+        assert main(["prune", "plan", stats, "--keep", str(count), "--out", str(plan)]) == 0
+        assert main(["prune", "apply", str(plan), "--model", str(model), "--out", str(out)]) == 0
+        sizes[count] = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    between = (sizes[5] + sizes[6]) // 2
+    plan = tmp_path / "plan.json"
+    argv = ["--keep", f"{between / 2**20:.6f}MiB", "--model", str(model), "--out", str(plan)]
+    assert main(["prune", "plan", stats, *argv]) == 0
+    assert Plan.load(plan).count == 5
