@@ -19,6 +19,8 @@ import dataclasses
 import inspect
 import json
 import math
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from . import demos as demos_module
 from .checkpoint import Checkpoint
 from .collect import TOKENS_AT_ONCE, add_model_arguments, groups_of, load_demos, open_model, refuse_changed
 from .criteria import criterion_of
-from .demos import Demo
+from .demos import Demo, duration
 from .layerwise import LayerwiseModel, backbone
 from .loading import evaluating, pick_device
 from .mask import MODES, masked_by
@@ -329,9 +331,16 @@ def run(args: argparse.Namespace) -> int:
         data, model = load_demos(args, lambda: open_model(args))
         table = _Table(list(dict.fromkeys(demo.domain for demo in data)))
         print(table.header(), flush=True)
-        found = evaluate(
-            model, data, cases, tokens_at_once=args.tokens_at_once, report=lambda row: print(table.row(row), flush=True)
-        )
+        start = time.monotonic()
+
+        def report(row: dict[str, Any]) -> None:
+            print(table.row(row), flush=True)
+            if "plan_hash" not in row:
+                took = time.monotonic() - start
+                about = f"the whole model took {duration(took)}; {len(cases)} masked ones need about "
+                print(about + duration(took * len(cases)), file=sys.stderr, flush=True)
+
+        found = evaluate(model, data, cases, tokens_at_once=args.tokens_at_once, report=report)
     if args.out is not None:
         write_text(args.out, json.dumps({"format": FORMAT, "kind": KIND, "model": about, **found}, indent=1) + "\n")
     return 0

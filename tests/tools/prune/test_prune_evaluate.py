@@ -217,7 +217,9 @@ def test_the_command_sweeps_and_writes_numbers(files, tmp_path, capsys):
         for mode in ("reroute", "no-reroute")
     ]
     assert all(list(row["domains"]) == ["a"] for row in found["cases"])
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert "the whole model took" in printed.err and "8 masked ones need about" in printed.err
+    lines = printed.out.splitlines()
     assert len(lines) == 2 + 1 + 8
     assert lines[2].startswith("whole model") and lines[4].startswith("easy-ep 6 no-reroute")
     assert f"{found['cases'][0]['delta']['a']:+.4f}" in lines[3]
