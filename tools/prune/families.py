@@ -40,7 +40,6 @@ class Memory:
     Paths name attributes of the MoE block (``block.``) or of its decoder layer (``layer.``).
 
     Attributes:
-        stack: only blocks whose names hold this part are pruned; others (a vision tower's) stay as they are.
         residual: what the residual stream h is: the input of the norm before the block ("norm_input"), that norm's
             output ("norm_output"), or what the block itself reads ("block_input").
         norm: the norm's name, for layers that change its output before the block reads it.
@@ -53,7 +52,6 @@ class Memory:
         gives_probabilities: the router's first output holds probabilities in the place of logits.
     """
 
-    stack: str = ""
     residual: str = "norm_input"
     norm: str = ""
     before_factor: str = ""
@@ -63,9 +61,6 @@ class Memory:
     post_norms: tuple[str, ...] = ()
     zero_gate_is_none: bool = False
     gives_probabilities: bool = False
-
-    def in_stack(self, name: str) -> bool:
-        return self.stack in name
 
 
 @dataclass(frozen=True, kw_only=True)

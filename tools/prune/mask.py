@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .model import MoeBlock, moe_blocks
+from .plan import POLICIES, Plan
 
 MODES = ("reroute", "no-reroute")
-POLICIES = ("slice", "slice-equal-groups", "slice-regroup", "keep-rows")
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def masked(
         yield model
 
 
-def masked_by(model: nn.Module, plan: Any, *, mode: str = "reroute") -> contextlib.AbstractContextManager[nn.Module]:
+def masked_by(model: nn.Module, plan: Plan, *, mode: str = "reroute") -> contextlib.AbstractContextManager[nn.Module]:
     """``masked`` as a ``Plan`` says: its kept experts, policy and experts a token."""
     for block in moe_blocks(model):
         if block.layer in plan.keep and block.num_experts != plan.num_experts:

@@ -14,6 +14,11 @@ For a token t, expert i of its K, with ``h`` the residual stream before the feed
     g_i  = the coefficient that the model multiplies u_i with: after top-k, renormalisation and scaling factors
     r    = sum_i g_i u_i              the routed output as it is added to h, without the shared expert
     s    = max(0, 1 - cos(h, h + r))  the token's contribution (EASY-EP, arXiv:2504.06792)
+
+Where the paper's definition does not reach, ours: behind a norm of the block's output, u and r are their parts of that
+norm's output (it is its input times a factor an element); with several residual streams (hyper-connections) h is the
+mixture that the layer reads; what rescales or convolves the block's output afterwards by learned or depth-dependent
+weights (Beam, Inkling, Muse Spark, ZAYA) is left out of r.
 """
 
 from __future__ import annotations
@@ -131,7 +136,7 @@ def moe_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
     found: dict[int, MoeBlock] = {}
     for name, holder in modules.items():
         experts = getattr(holder, "experts", None)
-        if not isinstance(experts, nn.Module) or not family.memory.in_stack(name):
+        if not isinstance(experts, nn.Module):
             continue
         if not _is_shared_interface(experts) and type(experts).__name__ != "Llama4TextExperts":
             if type(experts).__name__ == "Mxfp4GptOssExperts":
