@@ -274,7 +274,15 @@ class Plan:
         return plan
 
     def replay(self, statistics: Statistics) -> Plan:
-        """The plan that the same request makes of these statistics: from the same ones, it has the same hash."""
+        """The plan that the same request makes of these statistics: from the same ones, it has the same hash.
+
+        Raises:
+            ValueError: the plan was made by hand, or these statistics do not hold what it was made from.
+        """
+        if "kind" not in self.budget or "keep" not in self.budget:
+            raise ValueError(
+                "the plan does not say what was asked for, so it cannot be made again: it was made by hand"
+            )
         keep = self.budget["count"] if isinstance(self.budget["keep"], str) else self.budget["keep"]
         return make_plan(
             statistics,
@@ -399,6 +407,11 @@ def make_plan(
         raise ValueError("floor is the least of a layer in a global budget: leave it out, or use budget global")
     if floor is not None and floor < least:
         raise ValueError(f"floor is {floor}: at least the {least} experts that a token uses")
+    if floor is not None and floor * len(counts) > counts.sum():
+        raise ValueError(
+            f"floor is {floor}, but {counts.sum()} experts in {len(counts)} layers are to stay: keep more, or lower it "
+            f"to {counts.sum() // len(counts)}"
+        )
     choice = _Choice(
         criterion=chosen.name,
         weights=weights,
@@ -413,7 +426,7 @@ def make_plan(
     else:  # refused below by the plan itself, in its words
         kept, bound = selection.top(np.zeros_like(statistics.experts, dtype=float), counts), None
     layers = model["layers"]
-    requested = {"kind": budget, "keep": keep}
+    requested = {"kind": budget, "keep": int(keep) if isinstance(keep, np.integer) else keep}
     if isinstance(keep, str):
         requested |= {"count": int(counts.max()), "bytes": bytes_at(int(counts.max()))}
     if budget == "global":
@@ -528,12 +541,12 @@ def _counts(
     sizes = np.array(model["experts_per_layer"])
     if isinstance(keep, str):
         return np.minimum(_count_within(model, keep, groups, least, bytes_at), sizes)
-    if isinstance(keep, int) and not isinstance(keep, bool):
+    if isinstance(keep, int | np.integer) and not isinstance(keep, bool):
         if not 1 <= keep <= sizes.min():
             raise ValueError(
                 f"keep {keep} of {sizes.min()} experts: give a count from 1 to {sizes.min()}, or a share below 1"
             )
-        return np.full(len(sizes), keep)
+        return np.full(len(sizes), int(keep))
     if not isinstance(keep, float) or not 0 < keep <= 1:
         raise ValueError(f"keep is {keep!r}: give a count, a share up to 1.0, or a size like 30GiB")
     # the small part undone: 0.3 * 10 is above 3 in floating point
@@ -744,14 +757,14 @@ def _checked_keep(what: str, keep: Mapping[Any, Sequence[int]], sizes: Mapping[i
         if not re.fullmatch(r"\d+", str(layer)) or int(layer) not in sizes:
             raise ValueError(f"{what} names layer {layer}: the layers are {', '.join(map(str, sizes)) or 'none'}")
         if not isinstance(ids, list | tuple) or not all(
-            isinstance(one, int) and not isinstance(one, bool) for one in ids
+            isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids
         ):
             raise ValueError(f"{what} of layer {layer} is not a list of expert ids")
         if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= sizes[int(layer)]:
             raise ValueError(
                 f"{what} of layer {layer} must be ascending ids below {sizes[int(layer)]}, each once, at least one"
             )
-        found[int(layer)] = tuple(ids)
+        found[int(layer)] = tuple(map(int, ids))
     if found and found.keys() != sizes.keys() or (what == "keep" and not found):
         missing = sorted(sizes.keys() - found.keys())
         raise ValueError(f"{what} lacks layer {', '.join(map(str, missing))}")

@@ -209,6 +209,8 @@ def test_global_budget_of_an_own_run():
     assert min(make_plan(made, keep=0.25, budget="global", floor=3).counts.values()) >= 3
     with pytest.raises(ValueError, match="at least the 2 experts"):
         make_plan(made, keep=0.25, budget="global", floor=1)
+    with pytest.raises(ValueError, match="floor is 4, but 11 experts in 3 layers are to stay: .* lower it to 3"):
+        make_plan(made, keep=0.25, budget="global", floor=4)
     assert make_plan(made_up_statistics(**OWN, top_k=1.5), keep=0.25).top_k == 1.5
 
 
@@ -298,6 +300,11 @@ def test_the_hash_follows_what_is_pruned_and_nothing_else(statistics):
     by_hand = {"criterion": "random", "domains": {}, "policy": "slice", "top_k": 2}
     same = Plan(model=plan.model, keep={str(layer): ids for layer, ids in plan.keep.items()}, **by_hand)
     assert same.hash == plan.hash
+    with pytest.raises(ValueError, match="made by hand"):
+        same.replay(statistics)
+    arrays = Plan(model=plan.model, keep={layer: tuple(np.array(ids)) for layer, ids in plan.keep.items()}, **by_hand)
+    assert arrays.hash == plan.hash and json.loads(arrays.text())["keep"] == json.loads(plan.text())["keep"]
+    assert make_plan(statistics, keep=np.int64(4)).hash == plan.hash
     assert make_plan(statistics, keep=4, top_k=1).hash != plan.hash
     assert make_plan(statistics, keep=5).hash != plan.hash
     assert make_plan(statistics, keep=4, policy="keep-rows").hash != plan.hash
