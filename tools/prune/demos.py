@@ -37,6 +37,7 @@ from typing import Any, Protocol
 from ...moe.files import write_text
 
 KINDS = ("prompt", "messages", "text", "input_ids")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what templates and servers call it
 FEW_DEMOS, FEW_TOKENS = 5, 1000
 
 
@@ -197,8 +198,9 @@ def _read_messages(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     answer = {"tool_calls": last["tool_calls"], "content": last.get("content") or ""} if last.get("tool_calls") else {}
     if not answer or answer["content"]:
         answer["content"] = _text(last, "content", place)
-    if last.get("reasoning_content"):
-        answer["reasoning_content"] = _text(last, "reasoning_content", place)
+    for name in REASONING:
+        if last.get(name):
+            answer["reasoning_content"] = _text(last, name, place)
     return {"content": tuple(messages[:-1]), "answer": answer, "tools": tuple(tools)}
 
 
@@ -305,11 +307,12 @@ def _tokens(line: Line, tokenizer: Any, template: bool) -> tuple[list[int], int]
 
 def _chat_tokens(line: Line, tokenizer: Any) -> tuple[list[int], int]:
     before = _render(line, tokenizer, line.messages, add_generation_prompt=True)
-    whole = _render(line, tokenizer, [*line.messages, {"role": "assistant", **line.answer}])
     prompt = _encode(tokenizer, before)
-    turn = whole[len(before) :] if whole.startswith(before) else ""
-    if turn and all(part.strip() in turn for part in line.answer.values() if isinstance(part, str)):
-        return prompt + _encode(tokenizer, turn), len(prompt)
+    for answer in _spellings(line.answer):
+        whole = _render(line, tokenizer, [*line.messages, {"role": "assistant", **answer}])
+        turn = whole[len(before) :] if whole.startswith(before) else ""
+        if turn and all(part.strip() in turn for part in answer.values() if isinstance(part, str)):
+            return prompt + _encode(tokenizer, turn), len(prompt)
     for apart in ("reasoning_content", "tool_calls"):
         if apart in line.answer:
             raise ValueError(
@@ -320,6 +323,14 @@ def _chat_tokens(line: Line, tokenizer: Any) -> tuple[list[int], int]:
     if before.rstrip().endswith("<think>"):  # the generation prompt opened it already
         answer = answer.removeprefix("<think>").lstrip("\n")
     return prompt + _close(_encode(tokenizer, answer), tokenizer), len(prompt)
+
+
+def _spellings(answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The answer with its reasoning under each name that a template may know it by."""
+    rest = {name: part for name, part in answer.items() if name != "reasoning_content"}
+    if rest.keys() == answer.keys():
+        return [rest]
+    return [{**rest, name: answer["reasoning_content"]} for name in REASONING]
 
 
 def _render(line: Line, tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -444,7 +455,7 @@ class Endpoint:
         try:
             choice = reply["choices"][0]
             message = choice["message"] if "message" in choice else {"content": choice["text"]}
-            answer, reasoning = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+            answer, reasoning = message.get("content"), next(filter(None, map(message.get, REASONING)), None)
             calls = message.get("tool_calls")
         except (LookupError, TypeError, AttributeError):
             raise ValueError(f"{line.where}: {self.url} replied no answer: {_short(reply)}") from None

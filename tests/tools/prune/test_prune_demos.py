@@ -164,9 +164,11 @@ def test_reasoning_apart_that_the_template_leaves_out_is_refused(tmp_path):
     lines = read(tmp_path, {"messages": [{"role": "user", "content": "2+2?"}, last]})
     with pytest.raises(ValueError, match=r'maths\.jsonl:1: the chat template leaves .*"reasoning_content" out'):
         tokens(lines, byte_tokenizer(TEMPLATE))
-    keeps = TEMPLATE.replace("{{ m['content'].split", "{{ m.get('reasoning_content', '') }}{{ m['content'].split")
-    (demo,) = tokens(lines, byte_tokenizer(keeps))
-    assert text(demo) == "[user]2+2?[assistant]two and two4"
+    for name in ("reasoning_content", "reasoning", "thinking"):  # as one family or another calls it
+        keeps = TEMPLATE.replace("{{ m['content'].split", f"{{{{ m.get('{name}', '') }}}}{{{{ m['content'].split")
+        assert name in keeps
+        (demo,) = tokens(lines, byte_tokenizer(keeps))
+        assert text(demo) == "[user]2+2?[assistant]two and two4"
 
 
 def test_tools_and_calls_of_them_go_through_the_template(tmp_path):
