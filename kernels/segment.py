@@ -8,13 +8,14 @@ dtype. Differentiable in the values, float64 too.
 """
 
 import importlib.util
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from .backend import accumulation_dtype
 
 Implementation = Literal["native", "torch_scatter"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 
 def segment_sum(
