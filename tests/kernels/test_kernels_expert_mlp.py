@@ -32,15 +32,16 @@ class Case:
     weighted: bool = True
     variant: str = "combine"  # "rows": sorted rows in, rows out; "gather": tokens in, rows out; "combine": tokens both
     seed: int = 0
+    nobody: int = 0  # rows beyond the counts
 
-    def tensors(self, dtype):
+    def tensors(self, dtype, device="cpu"):
         """Everything as leaves in ``dtype``, rounded to it from one draw; weights at least float32."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        num_experts, num_rows = len(self.counts), sum(self.counts)
+        num_experts, num_rows = len(self.counts), sum(self.counts) + self.nobody
         width = 2 * self.hidden if self.activation in GATED else self.hidden
         x = draw(num_rows if self.variant == "rows" else self.num_tokens, self.dim)
         w_in = draw(num_experts, width, self.dim) * self.dim**-0.5
@@ -48,11 +49,14 @@ class Case:
         b_in = draw(num_experts, width) if self.bias else None
         b_out = draw(num_experts, self.dim) if self.bias else None
         weight = draw(num_rows).abs() if self.weighted else None
-        token = None if self.variant == "rows" else torch.randint(self.num_tokens, (num_rows,), generator=generator)
+        token = (
+            None if self.variant == "rows" else torch.randint(max(1, self.num_tokens), (num_rows,), generator=generator)
+        )
         dy = draw(self.num_tokens if self.variant == "combine" else num_rows, self.dim).to(dtype)
         leaves = [None if leaf is None else leaf.to(dtype) for leaf in (x, w_in, w_out, b_in, b_out)]
         leaves.append(None if weight is None else weight.to(torch.promote_types(dtype, torch.float32)))
-        return leaves, token, dy
+        leaves, token = ([None if leaf is None else leaf.to(device) for leaf in group] for group in (leaves, [token]))
+        return leaves, token[0], dy.to(device)
 
     def call(self, leaves, token, backend):
         x, w_in, w_out, b_in, b_out, weight = leaves
@@ -62,7 +66,7 @@ class Case:
             w_out,
             b_in,
             b_out,
-            torch.tensor(self.counts),
+            torch.tensor(self.counts, device=x.device),
             token=token,
             weight=weight,
             combine=self.variant == "combine",
@@ -70,20 +74,23 @@ class Case:
             backend=backend,
         )
 
-    def run(self, dtype, backend, compute=None):
-        """{name: value or gradient}, computed in ``compute`` from values rounded to ``dtype``."""
-        leaves, token, dy = self.tensors(dtype)
+    def run(self, dtype, backend, compute=None, device="cpu", wanted=NAMES):
+        """{name: value or gradient}, computed in ``compute`` from values rounded to ``dtype``; on the CPU then."""
+        leaves, token, dy = self.tensors(dtype, device)
         if compute is not None:
             leaves, dy = [None if leaf is None else leaf.to(compute) for leaf in leaves], dy.to(compute)
-        leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
+        leaves = [
+            None if leaf is None else leaf.requires_grad_(name in wanted)
+            for name, leaf in zip(NAMES[1:], leaves, strict=True)
+        ]
         out = self.call(leaves, token, backend)
         out.backward(dy)
         results = [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
-        return {name: result for name, result in zip(NAMES, results, strict=True) if result is not None}
+        return {name: result.cpu() for name, result in zip(NAMES, results, strict=True) if result is not None}
 
 
 def relative_error(value, exact):
-    return float((value.double() - exact).norm() / (exact.norm() + 1e-12))
+    return float((value.double().cpu() - exact.cpu()).norm() / (exact.norm() + 1e-12))
 
 
 def check(case, dtype, backend):
@@ -282,6 +289,30 @@ def test_no_tokens_at_all(backend, variant):
     assert all(not leaf.grad.any() for leaf in leaves)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["rows", "gather", "combine"])
+def test_rows_of_nobody_count_as_zero(backend, dtype, variant):
+    case = Case([9, 0, 40], variant=variant, nobody=7)
+    leaves, token, dy = case.tensors(dtype)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = case.call(leaves, token, backend)
+    out.backward(dy)
+    # the same without those rows
+    inputs = [leaf.detach() for leaf in leaves]
+    inputs[0] = inputs[0][:49] if variant == "rows" else inputs[0]
+    inputs[5] = inputs[5][:49]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    expected = case.call(inputs, None if variant == "rows" else token[:49], "reference")
+    expected.backward(dy if variant == "combine" else dy[:49])
+    results = zip(
+        [out.detach(), *(leaf.grad for leaf in leaves)], [expected.detach(), *(i.grad for i in inputs)], strict=True
+    )
+    for value, short in results:
+        assert relative_error(value[: len(short)], short.double()) <= TOLERANCE[dtype]
+        assert not value[len(short) :].any()
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_without_gradients_the_value_is_the_same(backend):
     case = Case([9, 0, 40])
@@ -406,7 +437,7 @@ def test_is_a_sound_custom_operator(backend):
         ({"x": torch.zeros(4, 9)}, "x has shape"),
         ({"x": torch.zeros(8)}, r"expected \[T, D\]"),
         ({"backend": "torhc"}, 'did you mean "torch"'),
-        ({"backend": "triton"}, "is no kernel backend"),
+        ({"backend": "cutlass"}, "is no kernel backend"),
     ],
 )
 def test_says_what_is_wrong(change, message):
