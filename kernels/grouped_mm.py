@@ -135,7 +135,7 @@ def _sum_by_token(rows_ND: Tensor, token_N: Tensor, weight_N: Tensor | None, num
     if weight_N is not None:
         rows = rows * weight_N[:, None]
     total = rows.new_zeros(num_tokens + 1, rows.shape[1]).index_add_(0, token_N, rows)
-    return total[:num_tokens].to(rows_ND.dtype)
+    return total[:num_tokens].to(rows_ND.dtype, copy=True)  # results of an operator are no views
 
 
 def _sum_by_expert(rows_NM: Tensor, counts_E: Tensor) -> Tensor:

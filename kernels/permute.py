@@ -34,7 +34,9 @@ def sort_by_expert(expert_N: Tensor, bank_size: int) -> SortedAssignments:
     if expert_N.dim() != 1 or expert_N.is_floating_point() or expert_N.is_complex() or bank_size < 0:
         given = f"expert {tuple(expert_N.shape)} of {expert_N.dtype} with bank_size={bank_size}"
         raise ValueError(f"{given}: expected integer ids [N] and a bank_size of at least 0")
-    order_N = expert_N.argsort(stable=True)
+    # a GPU sorts digit by digit: a quarter of the width takes a quarter of the passes
+    narrow = expert_N.device.type != "cpu" and bank_size <= torch.iinfo(torch.int16).max
+    order_N = (expert_N.short() if narrow else expert_N).argsort(stable=True)
     # bincount would read the largest id on the host to size its result
     counts_E = torch.zeros(bank_size, dtype=torch.int64, device=expert_N.device)
     counts_E.scatter_add_(0, expert_N.long(), torch.ones_like(expert_N, dtype=torch.int64))
