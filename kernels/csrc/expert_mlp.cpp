@@ -67,7 +67,8 @@ struct Team {
         }
     }
 };
-constexpr int PHASES = 3, ROW_CHUNK = 28;
+constexpr int PHASES = 3;
+constexpr long ROW_CHUNK = 28;
 
 // A sum that carries its rounding error along.
 struct Sum {
@@ -202,16 +203,31 @@ struct Bank {
     size_t teams, own_bytes;
 };
 
-// One product: `rows` rows (or columns) of the left side, a stride apart, times the packed panel; what follows happens in
-// `then(first row, number of rows, tile)`.
-template <class T, bool COLUMNS, class Then>
-inline void product(const Cut& cut, const Word* left, long stride, const Word* right, long words, Then then) {
+// One product: the rows (or columns) of the left side, a stride apart, times the packed panel. `ahead(row)` asks for the
+// memory that the row will need afterwards, `then(first row, number of rows, tile)` is what happens to the result.
+template <class T, bool COLUMNS, class Ahead, class Then>
+inline void product(
+    const Cut& cut, const Word* left, long stride, const Word* right, long words, Ahead ahead, Then then) {
     Tile tile;
     for (long part = 0; part < cut.parts; part++) {
         const long begin = cut.begin(part), rows = cut.size(part);
+        for (long row = begin; row < begin + rows; row++) ahead(row);
         multiply_rows<T, COLUMNS>(rows, left + (COLUMNS ? part : begin) * stride, stride, right, words, tile);
         then(begin, rows, tile);
     }
+}
+
+// Rows lie far apart, so that no hardware sees which comes next. In assembly, because GCC takes a function of nothing but
+// __builtin_prefetch for one without effect, and drops the call.
+template <class T>
+inline void fetch(const T* from) {
+    asm volatile("prefetcht0 %0" : : "m"(*from));
+    if (sizeof(T) == 4) asm volatile("prefetcht0 %0" : : "m"(from[LANES]));
+}
+template <class T>
+inline void fetch_to_write(const T* to) {
+    asm volatile("prefetchw %0" : : "m"(*to));
+    if (sizeof(T) == 4) asm volatile("prefetchw %0" : : "m"(to[LANES]));
 }
 
 // Row n of `from` (at the token, or as it is), as a row of words with the last one filled up with 0.
@@ -221,12 +237,18 @@ inline void copy_row(const T* from, long width, Word* to) {
     std::memcpy(to, from, width * sizeof(T));
 }
 
-// One or two rows (a word's) into the panels of columns.
+// `count` rows, those of a word beside each other, into the panels of columns.
 template <class T>
-inline void copy_columns(const T* first, const T* second, const Cut& cut, long panel, Word* to) {
+inline void copy_columns(const T* const* from, long count, const Cut& cut, long panel, Word* to) {
     for (long part = 0; part < cut.parts; part++) {
         const long at = cut.begin(part);
-        _mm512_store_si512(to + part * panel, pair(first + at, second ? second + at : nullptr, lanes(cut.size(part))));
+        const __mmask16 mask = lanes(cut.size(part));
+        Word* word = to + part * panel;
+        for (long row = 0; row < count; row += PER_WORD<T>) {
+            const T* second = PER_WORD<T> == 2 && row + 1 < count ? from[row + 1] + at : nullptr;
+            _mm512_store_si512(word, pair(from[row] + at, second, mask));
+            word += LANES;
+        }
     }
 }
 
@@ -260,7 +282,12 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
             pack_rows(w_in + starts[half] * dim, dim, valid, dim, panel + half * LANES);
             bias[half] = b_in ? load(b_in + starts[half], masks[half]) : _mm512_setzero_ps();
         }
-        product<T, false>(cut, rows.x, bank.dim_stride, panel, bank.dim_words, [&](long begin, long count, Tile& tile) {
+        auto ahead = [&](long row) {
+            T* h = (T*)p.h + (low + row) * width;
+            if (p.h) fetch_to_write(h + first);
+            if (p.h && GATED) fetch_to_write(h + second);
+        };
+        product<T, false>(cut, rows.x, bank.dim_stride, panel, bank.dim_words, ahead, [&](long begin, long count, Tile& tile) {
             for (long r = 0; r < count; r++) {
                 T* a = (T*)(rows.a + (begin + r) * bank.hidden_stride) + first;
                 Vec h[2];
@@ -287,7 +314,8 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
             pack_rows(w_out + start * hidden, hidden, valid, hidden, panel + half * LANES);
         }
         const long words = bank.hidden_words;
-        product<T, false>(cut, rows.a, bank.hidden_stride, panel, words, [&](long begin, long count, Tile& tile) {
+        auto ahead = [&](long row) { fetch_to_write(bank.result_row(low + row) + item * NR); };
+        product<T, false>(cut, rows.a, bank.hidden_stride, panel, words, ahead, [&](long begin, long count, Tile& tile) {
             for (long r = 0; r < count; r++) {
                 const long row = low + begin + r;
                 // where rows are summed at the tokens, the weights come in there
@@ -348,20 +376,18 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
 
     // ROW_CHUNK is even: a word's rows are in one item
     for (long item; (item = team.claim()) < ceil_div(n, ROW_CHUNK);) {
-        const long end = std::min(n, (item + 1) * ROW_CHUNK);
-        for (long row = item * ROW_CHUNK; row < end; row += PER_WORD<T>) {
-            const T *dy_rows[2] = {}, *x_rows[2] = {};
-            for (long i = 0; i < PER_WORD<T> && row + i < end; i++) {
-                const long source = p.token ? p.token[low + row + i] : low + row + i;
-                dy_rows[i] = dy + (p.combine ? source : low + row + i) * dim;
-                x_rows[i] = x + source * dim;
-                copy_row(dy_rows[i], dim, rows.dy + (row + i) * bank.dim_stride);
-                rows.dh[(row + i) * bank.width_stride + bank.width_words - 1] = 0;
-            }
-            const long at = row / PER_WORD<T> * LANES;
-            if (p.dw_out) copy_columns(dy_rows[0], dy_rows[1], bank.dim_cut, column_panel, rows.dy_panels + at);
-            if (p.dw_in) copy_columns(x_rows[0], x_rows[1], bank.dim_cut, column_panel, rows.x_panels + at);
+        const long first = item * ROW_CHUNK, count = std::min(ROW_CHUNK, n - first);
+        const T *dy_rows[ROW_CHUNK], *x_rows[ROW_CHUNK];
+        for (long i = 0; i < count; i++) {
+            const long row = low + first + i, source = p.token ? p.token[row] : row;
+            dy_rows[i] = dy + (p.combine ? source : row) * dim;
+            x_rows[i] = x + source * dim;
+            copy_row(dy_rows[i], dim, rows.dy + (first + i) * bank.dim_stride);
+            rows.dh[(first + i) * bank.width_stride + bank.width_words - 1] = 0;
         }
+        const long at = first / PER_WORD<T> * LANES;
+        if (p.dw_out) copy_columns(dy_rows, count, bank.dim_cut, column_panel, rows.dy_panels + at);
+        if (p.dw_in) copy_columns(x_rows, count, bank.dim_cut, column_panel, rows.x_panels + at);
     }
     team.end_phase();
 
@@ -371,7 +397,13 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
         const long first = item * NR;
         pack_columns(w_out + first, hidden, dim, hidden - first, panel);
         Sum db[1 + GATED][2];
-        product<T, false>(cut, rows.dy, bank.dim_stride, panel, bank.dim_words, [&](long begin, long count, Tile& tile) {
+        auto ahead = [&](long row) {
+            for (int part = 0; part <= GATED; part++) {
+                fetch(h_NH + row * width + part * hidden + first);
+                fetch_to_write((T*)(rows.dh + row * bank.width_stride) + part * hidden + first);
+            }
+        };
+        product<T, false>(cut, rows.dy, bank.dim_stride, panel, bank.dim_words, ahead, [&](long begin, long count, Tile& tile) {
             alignas(64) T a[MR][NR], dh[1 + GATED][MR][NR];
             Vec sum[1 + GATED][2] = {};
             for (long r = 0; r < count; r++) {
@@ -425,7 +457,8 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             const long first = item * NR;
             pack_columns(w_in + first, dim, width, dim - first, panel);
             const Cut any(n, 1);
-            product<T, false>(any, rows.dh, bank.width_stride, panel, bank.width_words, [&](long begin, long count, Tile& tile) {
+            auto ahead = [&](long row) { fetch_to_write(bank.result_row(low + row) + first); };
+            product<T, false>(any, rows.dh, bank.width_stride, panel, bank.width_words, ahead, [&](long begin, long count, Tile& tile) {
                 for (long r = 0; r < count; r++) {
                     T* dx = bank.result_row(low + begin + r);
                     for (long c = first; c < std::min(dim, first + NR); c += LANES) {
@@ -437,7 +470,8 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             const long panel_of_a = item - for_x, first = panel_of_a * NR;
             const Word* right = rows.a_panels + panel_of_a * words * NR;
             T* dw = (T*)p.dw_out + e * dim * hidden;
-            product<T, true>(bank.dim_cut, rows.dy_panels, column_panel, right, words, [&](long begin, long count, Tile& tile) {
+            auto ahead = [&](long row) { fetch_to_write(dw + row * hidden + first); };
+            product<T, true>(bank.dim_cut, rows.dy_panels, column_panel, right, words, ahead, [&](long begin, long count, Tile& tile) {
                 for (long r = 0; r < count; r++) {
                     for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
                         store(dw + (begin + r) * hidden + c, lanes(hidden - c), _mm512_load_ps(tile.at[r] + c - first));
@@ -449,7 +483,8 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             const long first = panel_of_dh % bank.hidden_panels * NR;
             const Word* right = rows.dh_panels + panel_of_dh * words * NR;
             T* dw = (T*)p.dw_in + (e * width + part * hidden) * dim;
-            product<T, true>(bank.dim_cut, rows.x_panels, column_panel, right, words, [&](long begin, long count, Tile& tile) {
+            auto ahead = [](long) {};
+            product<T, true>(bank.dim_cut, rows.x_panels, column_panel, right, words, ahead, [&](long begin, long count, Tile& tile) {
                 // the tile is [dim][hidden], the gradient the other way round
                 for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
                     __m512i turned[LANES];

@@ -46,14 +46,21 @@ struct Cut {
 // The first n lanes, n of any sign or size.
 inline __mmask16 lanes(long n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
+// Whole vectors go without a mask: a masked store of 16-bit numbers is slow, and no load can take its data from it
+// before it is in the cache.
+constexpr __mmask16 ALL = 0xffff;
+
 inline Vec load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-inline void store(float* to, __mmask16 mask, Vec value) { _mm512_mask_storeu_ps(to, mask, value); }
+inline void store(float* to, __mmask16 mask, Vec value) {
+    mask == ALL ? _mm512_storeu_ps(to, value) : _mm512_mask_storeu_ps(to, mask, value);
+}
 inline Vec load(const BFloat16* from, __mmask16 mask) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    const __m256i half = mask == ALL ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 inline void store(BFloat16* to, __mmask16 mask, Vec value) {
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    mask == ALL ? _mm256_storeu_si256((__m256i*)to, half) : _mm256_mask_storeu_epi16(to, mask, half);
 }
 
 template <class T>
