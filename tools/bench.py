@@ -27,12 +27,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels import native
 from ..kernels.segment import IMPLEMENTATIONS, segment_sum
 from ..moe.files import write_text
 from .bench_parts import MOVERS
@@ -64,8 +67,8 @@ USUAL_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
 COUNTS = ("changing", "fixed")
 WAYS = ("forward", "backward")
 LEAST = 6  # rounds: fewer have no 95 % interval
-# a contestant that takes so many times as long as ours leaves after three rounds: the time is the others'
-SLOW, SLOW_ROUNDS = 4, 3
+# after so many rounds a contestant leaves that takes so many times as long as ours: the time is the others'
+LEAVE = {2: 12, 3: 4}
 GOAL, GOAL_ROWS = 1.15, 64  # of the dense time, where an expert gets so many rows
 # what a row and dtype spends its time on; the rest goes into checks and memory
 SHARES = {"changing": 0.35, "fixed": 0.25, "both": 0.1, "router": 0.05, "experts": 0.2, "dispatch": 0.05}
@@ -101,9 +104,9 @@ def race(
         at = round_ % len(order)
         for name in order[at:] + order[:at]:
             times[name][round_] = entrants[name](inputs)
-        if round_ == SLOW_ROUNDS - 1:
+        if round_ + 1 in LEAVE:
             pace = {name: spread([sum(both) for both in times[name].values()])["median"] for name in order}
-            order = [name for name in order if pace[name] <= SLOW * pace[first]]
+            order = [name for name in order if pace[name] <= LEAVE[round_ + 1] * pace[first]]
     ways = {"forward": lambda both: both[0], "backward": lambda both: both[1], "step": sum}
     found = {
         name: {"rounds": len(own)} | {way: spread([pick(both) for both in own.values()]) for way, pick in ways.items()}
@@ -179,14 +182,30 @@ class Cell:
         return forward_and_backward(contestant.layer, [x_TD], self.grad_TD, contestant.clear)
 
     def memory(self, contestant: Contestant) -> dict[str, int]:
-        """Bytes: the most at once, what is kept for backward, and the most that storages alone took."""
-        x_TD, y = self.fixed_TD.detach().requires_grad_(), []
-        with LiveStorage() as live:
-            forward = peak_memory(lambda: y.append(contestant.layer(x_TD)), self.device)
-            backward = peak_memory(lambda: y.pop().backward(self.grad_TD), self.device)
-        contestant.clear()
-        peak = max(forward.peak, forward.left + backward.peak)
-        return {"peak": peak, "kept": forward.left, "live_storage": live.peak}
+        """Bytes: the most at once, what is kept for backward, the most that storages alone took, and ``scratch``.
+
+        Measured in a thread of its own: scratch memory that the native kernel keeps between calls, one a thread, is
+        then allocated anew, and counted in the peak.
+        """
+        threads = torch.get_num_threads()
+
+        def measured() -> dict[str, int]:
+            torch.set_num_threads(threads)
+            x_TD, y = self.fixed_TD.detach().requires_grad_(), []
+            with LiveStorage() as live:
+                forward = peak_memory(lambda: y.append(contestant.layer(x_TD)), self.device)
+                scratch = native.scratch_bytes()
+                backward = peak_memory(lambda: y.pop().backward(self.grad_TD), self.device)
+            contestant.clear()
+            return {
+                "peak": max(forward.peak, forward.left + backward.peak),
+                "kept": forward.left - scratch,
+                "scratch": native.scratch_bytes(),
+                "live_storage": live.peak,
+            }
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(measured).result()
 
     def layer(self, *, seconds: float, rounds: int) -> dict[str, Any]:
         """The layer's races: counts that change, counts that do not, and ours on both in turn. After ``memory``."""
@@ -200,11 +219,11 @@ class Cell:
         self.slow = {name for name, own in changing["entrants"].items() if own["rounds"] < LEAST}
         fixed = race(
             {name: run for name, run in runs.items() if name not in self.slow}, lambda: self.fixed_TD,
-            seconds=SHARES["fixed"] * seconds, rounds=rounds, first=OURS.name,
+            seconds=SHARES["fixed"] * seconds, rounds=rounds, first=OURS.name, warm=True,
         )  # fmt: skip
         both = race(
             {"changing": runs[OURS.name], "fixed": lambda _: runs[OURS.name](self.fixed_TD)}, self.draw,
-            seconds=SHARES["both"] * seconds, rounds=rounds, first="changing",
+            seconds=SHARES["both"] * seconds, rounds=rounds, first="changing", warm=True,
         )  # fmt: skip
         return {"changing": changing, "fixed": fixed, "changing_over_fixed": both["ratios"]["fixed"]}
 
@@ -242,7 +261,7 @@ class Cell:
             return lambda inputs: forward_and_backward(contestant.experts, inputs, self.grad_TD, contestant.clear)
 
         runs = {name: run(contestant) for name, contestant in self._able("experts").items()}
-        return race(runs, self._routed, first=OURS.name, **limits)
+        return race(runs, self._routed, first=OURS.name, warm=True, **limits)
 
     def _movers(self, **limits: Any) -> dict[str, Any]:
         grad_ND = torch.randn(self.shape.rows, self.shape.dim, generator=self.generator, device=self.device)
@@ -291,10 +310,13 @@ class Cell:
 
 def measure_cell(row: str, cell: Cell, dtype: str, rates: Rates, *, seconds: float, rounds: int) -> dict[str, Any]:
     """Everything of one row and dtype, as JSON can hold it."""
-    itemsize = cell.dtype.itemsize
+    itemsize, times = cell.dtype.itemsize, [time.perf_counter()]
     memory = {name: cell.memory(contestant) for name, contestant in cell.contestants.items()}
+    times.append(time.perf_counter())
     layer = cell.layer(seconds=seconds, rounds=rounds)
+    times.append(time.perf_counter())
     parts = cell.parts(seconds=seconds, rounds=rounds)
+    times.append(time.perf_counter())
     for name, found in [("layer", layer["changing"]), ("layer", layer["fixed"]), *parts.items()]:
         for entrant, own in found["entrants"].items():
             if not name.startswith("sum"):
@@ -308,6 +330,7 @@ def measure_cell(row: str, cell: Cell, dtype: str, rates: Rates, *, seconds: flo
             for part in named
         },
         "errors": cell.errors, "skipped": cell.skipped, "memory": memory, "layer": layer, "parts": parts,
+        "seconds": dict(zip(("memory", "layer", "parts"), (b - a for a, b in pairwise(times)), strict=True)),
     }  # fmt: skip
 
 
@@ -337,7 +360,8 @@ def measure(
     """
     begin = time.perf_counter()
     results: dict[str, Any] = {
-        "machine": describe_machine(device), "rounds": rounds, "minutes": minutes, "rates": {}, "cells": []
+        "machine": describe_machine(device) | {"native": native.why_not(torch.float32) or "compiled"},
+        "rounds": rounds, "minutes": minutes, "rates": {}, "cells": [],
     }  # fmt: skip
     # float32 takes about three times as long as bfloat16
     weight = {
@@ -385,7 +409,11 @@ def report(results: dict[str, Any]) -> str:
 
 def _describe(results: dict[str, Any]) -> str:
     machine = results["machine"]
-    where = machine["gpu"] or f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads"
+    native_kernel = "with" if machine["native"] == "compiled" else f"without ({machine['native']})"
+    cpu = (
+        f"{machine['cpu']} ({machine['instructions']}), {machine['threads']} threads, {native_kernel} the native kernel"
+    )
+    where = machine["gpu"] or cpu
     load = "" if machine["load_average"] is None else f", load average before {machine['load_average']:.1f}"
     rates = "; ".join(
         f"{dtype} {rate['flops'] / 1e9:.0f} GFLOP/s and {rate['bytes'] / 1e9:.1f} GB/s"
@@ -473,12 +501,15 @@ def _notes(cells: list[dict], names: list[str]) -> list[str]:
         for dtype in dict.fromkeys(cell["dtype"] for cell in cells)
     }
     listed = ", ".join(f"{error:.1e} in {dtype}" for dtype, error in worst.items())
+    leave = " and ".join(f"after {count} rounds at more than {slow} times" for count, slow in LEAVE.items())
     return [
         *notes,
         f"- Every contestant's output and gradients were compared with a float64 loop's first: at most {listed} of "
         "the tensor's norm apart.",
-        f"- A contestant that takes more than {SLOW} times as long as gatewright leaves after {SLOW_ROUNDS} rounds: "
-        "its interval is then the extremes, and it runs neither with fixed counts nor in parts.",
+        f"- A contestant leaves {leave} gatewright's time: its interval is then the extremes, and it runs neither with "
+        "fixed counts nor in parts.",
+        "- Memory is what the allocator gave out, the scratch of operators included. What gatewright's native kernel "
+        "keeps between calls is in its peak.",
     ]
 
 
@@ -503,7 +534,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", action="append", default=[], metavar="T,D,H,E,K", help="a row of your own; repeatable")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="fp32, bf16 (default: both; on a GPU bf16)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="default: all; a wrong name lists them")
-    parser.add_argument("--minutes", type=float, default=12, help="for the timed rounds of all rows (default: 12)")
+    parser.add_argument("--minutes", type=float, default=10, help="for the timed rounds of all rows (default: 10)")
     parser.add_argument("--rounds", type=int, default=40, help="of a race, at most (default: 40; at least 6)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
