@@ -265,7 +265,7 @@ def _hidden_grad_pieces(
     return share_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def hidden_grad(
     dy, token, w_out, weight, h, a, dh, dweight, num_rows,
     ends, tile_expert, tile_row, num_tiles,

@@ -10,87 +10,12 @@ from hypothesis import strategies as st
 from kernels_fixtures import poisoned  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
-from gatewright.kernels.activation import ACTIVATIONS, GATED, activate, activate_into, activation_backward_into
+from gatewright.kernels.activation import ACTIVATIONS, activate, activate_into, activation_backward_into
 from gatewright.kernels.expert_mlp import expert_mlp
+from gatewright.tools.expert_case import FLOOR, NAMES, TOLERANCE, relative_error
+from gatewright.tools.expert_case import ExpertCase as Case
 
 FAST = ("cpu", "torch")
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-FLOOR = {torch.float32: 2e-7, torch.bfloat16: 5e-4}  # of the comparison with the reference's own error
-NAMES = ("out", "x", "w_in", "w_out", "b_in", "b_out", "weight")
-
-
-@dataclasses.dataclass
-class Case:
-    """Sizes and variants of one call; ``run`` gives its value and gradients."""
-
-    counts: list
-    num_tokens: int = 12
-    dim: int = 8
-    hidden: int = 16
-    activation: str = "swiglu"
-    bias: bool = True
-    weighted: bool = True
-    variant: str = "combine"  # "rows": sorted rows in, rows out; "gather": tokens in, rows out; "combine": tokens both
-    seed: int = 0
-    nobody: int = 0  # rows beyond the counts
-
-    def tensors(self, dtype, device="cpu"):
-        """Everything as leaves in ``dtype``, rounded to it from one draw; weights at least float32."""
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def draw(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        num_experts, num_rows = len(self.counts), sum(self.counts) + self.nobody
-        width = 2 * self.hidden if self.activation in GATED else self.hidden
-        x = draw(num_rows if self.variant == "rows" else self.num_tokens, self.dim)
-        w_in = draw(num_experts, width, self.dim) * self.dim**-0.5
-        w_out = draw(num_experts, self.dim, self.hidden) * self.hidden**-0.5
-        b_in = draw(num_experts, width) if self.bias else None
-        b_out = draw(num_experts, self.dim) if self.bias else None
-        weight = draw(num_rows).abs() if self.weighted else None
-        token = (
-            None if self.variant == "rows" else torch.randint(max(1, self.num_tokens), (num_rows,), generator=generator)
-        )
-        dy = draw(self.num_tokens if self.variant == "combine" else num_rows, self.dim).to(dtype)
-        leaves = [None if leaf is None else leaf.to(dtype) for leaf in (x, w_in, w_out, b_in, b_out)]
-        leaves.append(None if weight is None else weight.to(torch.promote_types(dtype, torch.float32)))
-        leaves, token = ([None if leaf is None else leaf.to(device) for leaf in group] for group in (leaves, [token]))
-        return leaves, token[0], dy.to(device)
-
-    def call(self, leaves, token, backend):
-        x, w_in, w_out, b_in, b_out, weight = leaves
-        return expert_mlp(
-            x,
-            w_in,
-            w_out,
-            b_in,
-            b_out,
-            torch.tensor(self.counts, device=x.device),
-            token=token,
-            weight=weight,
-            combine=self.variant == "combine",
-            activation=self.activation,
-            backend=backend,
-        )
-
-    def run(self, dtype, backend, compute=None, device="cpu", wanted=NAMES):
-        """{name: value or gradient}, computed in ``compute`` from values rounded to ``dtype``; on the CPU then."""
-        leaves, token, dy = self.tensors(dtype, device)
-        if compute is not None:
-            leaves, dy = [None if leaf is None else leaf.to(compute) for leaf in leaves], dy.to(compute)
-        leaves = [
-            None if leaf is None else leaf.requires_grad_(name in wanted)
-            for name, leaf in zip(NAMES[1:], leaves, strict=True)
-        ]
-        out = self.call(leaves, token, backend)
-        out.backward(dy)
-        results = [out.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
-        return {name: result.cpu() for name, result in zip(NAMES, results, strict=True) if result is not None}
-
-
-def relative_error(value, exact):
-    return float((value.double().cpu() - exact.cpu()).norm() / (exact.norm() + 1e-12))
 
 
 def check(case, dtype, backend):

@@ -9,12 +9,13 @@ import os
 import pytest
 import torch
 from kernels_fixtures import poisoned  # noqa: F401
-from test_kernels_expert_mlp import Case, relative_error
 from test_kernels_grouped_gemm import FORMS, operands, value_and_gradients
 from torch.utils.checkpoint import checkpoint
 
 from gatewright.kernels import triton_mlp, triton_tuning
 from gatewright.kernels.activation import ACTIVATIONS
+from gatewright.tools.expert_case import ExpertCase as Case
+from gatewright.tools.expert_case import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -25,14 +26,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check(case, dtype=torch.float32):
-    exact = case.run(dtype, "reference", compute=torch.float64)
-    same = case.run(dtype, "reference")
-    fast = case.run(dtype, "triton", device=DEVICE)
-    assert fast.keys() == exact.keys()
-    for name, value in fast.items():
-        assert value.shape == exact[name].shape and value.dtype == same[name].dtype, name
-        allowed = max(TOLERANCE[dtype], OF_THE_REFERENCE[dtype] * relative_error(same[name], exact[name]))
-        assert relative_error(value, exact[name]) <= allowed, (name, case, dtype)
+    for name, (error, of_reference) in case.errors(dtype, "triton", device=DEVICE).items():
+        assert error <= max(TOLERANCE[dtype], OF_THE_REFERENCE[dtype] * of_reference), (name, error, case, dtype)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
