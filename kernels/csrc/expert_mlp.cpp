@@ -57,6 +57,7 @@ inline long padded_stride(long words) { return ceil_div(words, LANES) * LANES + 
 
 struct Team {
     bool shared;
+    long size;
     int* item;
 
     long claim() { return shared ? __atomic_fetch_add(item, 1, __ATOMIC_RELAXED) : (*item)++; }
@@ -203,20 +204,6 @@ struct Bank {
     size_t teams, own_bytes;
 };
 
-// One product: the rows (or columns) of the left side, a stride apart, times the packed panel. `ahead(row)` asks for the
-// memory that the row will need afterwards, `then(first row, number of rows, tile)` is what happens to the result.
-template <class T, bool COLUMNS, class Ahead, class Then>
-inline void product(
-    const Cut& cut, const Word* left, long stride, const Word* right, long words, Ahead ahead, Then then) {
-    Tile tile;
-    for (long part = 0; part < cut.parts; part++) {
-        const long begin = cut.begin(part), rows = cut.size(part);
-        for (long row = begin; row < begin + rows; row++) ahead(row);
-        multiply_rows<T, COLUMNS>(rows, left + (COLUMNS ? part : begin) * stride, stride, right, words, tile);
-        then(begin, rows, tile);
-    }
-}
-
 // Rows lie far apart, so that no hardware sees which comes next. In assembly, because GCC takes a function of nothing but
 // __builtin_prefetch for one without effect, and drops the call.
 template <class T>
@@ -228,6 +215,42 @@ template <class T>
 inline void fetch_to_write(const T* to) {
     asm volatile("prefetchw %0" : : "m"(*to));
     if (sizeof(T) == 4) asm volatile("prefetchw %0" : : "m"(to[LANES]));
+}
+
+// The weights of a panel, `rows` pieces of `bytes` that lie `stride` bytes apart. While one panel is multiplied those of
+// the next are fetched, a share with every tile: the weights of many experts come from memory.
+struct Weights {
+    const char* from;
+    long stride, rows, bytes;
+
+    template <class T>
+    static Weights of_rows(const T* from, long rows, long width) {
+        return {(const char*)from, 64, std::max(rows, 0L) * width * (long)sizeof(T) / 64, 64};
+    }
+    template <class T>
+    static Weights of_columns(const T* from, long height, long width, long columns) {
+        return {(const char*)from, width * (long)sizeof(T), columns > 0 ? height : 0, NR * (long)sizeof(T)};
+    }
+    Weights beyond(long more) const { return {from + more, stride, rows, bytes}; }
+    void fetch(long begin, long count, long n) const {
+        for (long row = rows * begin / n; row < rows * (begin + count) / n; row++) {
+            for (long byte = 0; byte < bytes; byte += 64) asm volatile("prefetcht1 %0" : : "m"(from[row * stride + byte]));
+        }
+    }
+};
+
+// One product: the rows (or columns) of the left side, a stride apart, times the packed panel. `ahead(first row, number
+// of rows)` asks for the memory that will be needed afterwards, `then(the same, tile)` is what happens to the result.
+template <class T, bool COLUMNS, class Ahead, class Then>
+inline void product(
+    const Cut& cut, const Word* left, long stride, const Word* right, long words, Ahead ahead, Then then) {
+    Tile tile;
+    for (long part = 0; part < cut.parts; part++) {
+        const long begin = cut.begin(part), rows = cut.size(part);
+        ahead(begin, rows);
+        multiply_rows<T, COLUMNS>(rows, left + (COLUMNS ? part : begin) * stride, stride, right, words, tile);
+        then(begin, rows, tile);
+    }
 }
 
 // Row n of `from` (at the token, or as it is), as a row of words with the last one filled up with 0.
@@ -282,10 +305,16 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
             pack_rows(w_in + starts[half] * dim, dim, valid, dim, panel + half * LANES);
             bias[half] = b_in ? load(b_in + starts[half], masks[half]) : _mm512_setzero_ps();
         }
-        auto ahead = [&](long row) {
-            T* h = (T*)p.h + (low + row) * width;
-            if (p.h) fetch_to_write(h + first);
-            if (p.h && GATED) fetch_to_write(h + second);
+        const long next = first + team.size * columns;
+        const Weights weights = Weights::of_rows(w_in + next * dim, std::min(columns, hidden - next), dim);
+        auto ahead = [&](long begin, long count) {
+            weights.fetch(begin, count, n);
+            if (GATED) weights.beyond(hidden * dim * sizeof(T)).fetch(begin, count, n);
+            for (long row = begin; p.h && row < begin + count; row++) {
+                const T* h = (T*)p.h + (low + row) * width;
+                fetch_to_write(h + first);
+                if (GATED) fetch_to_write(h + second);
+            }
         };
         product<T, false>(cut, rows.x, bank.dim_stride, panel, bank.dim_words, ahead, [&](long begin, long count, Tile& tile) {
             for (long r = 0; r < count; r++) {
@@ -314,7 +343,12 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
             pack_rows(w_out + start * hidden, hidden, valid, hidden, panel + half * LANES);
         }
         const long words = bank.hidden_words;
-        auto ahead = [&](long row) { fetch_to_write(bank.result_row(low + row) + item * NR); };
+        const long next = (item + team.size) * NR;
+        const Weights weights = Weights::of_rows(w_out + next * hidden, std::min(NR, dim - next), hidden);
+        auto ahead = [&](long begin, long count) {
+            weights.fetch(begin, count, n);
+            for (long r = 0; r < count; r++) fetch_to_write(bank.result_row(low + begin + r) + item * NR);
+        };
         product<T, false>(cut, rows.a, bank.hidden_stride, panel, words, ahead, [&](long begin, long count, Tile& tile) {
             for (long r = 0; r < count; r++) {
                 const long row = low + begin + r;
@@ -397,10 +431,15 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
         const long first = item * NR;
         pack_columns(w_out + first, hidden, dim, hidden - first, panel);
         Sum db[1 + GATED][2];
-        auto ahead = [&](long row) {
-            for (int part = 0; part <= GATED; part++) {
-                fetch(h_NH + row * width + part * hidden + first);
-                fetch_to_write((T*)(rows.dh + row * bank.width_stride) + part * hidden + first);
+        const long next = first + team.size * NR;
+        const Weights weights = Weights::of_columns(w_out + next, dim, hidden, hidden - next);
+        auto ahead = [&](long begin, long count) {
+            weights.fetch(begin, count, n);
+            for (long row = begin; row < begin + count; row++) {
+                for (int part = 0; part <= GATED; part++) {
+                    fetch(h_NH + row * width + part * hidden + first);
+                    fetch_to_write((T*)(rows.dh + row * bank.width_stride) + part * hidden + first);
+                }
             }
         };
         product<T, false>(cut, rows.dy, bank.dim_stride, panel, bank.dim_words, ahead, [&](long begin, long count, Tile& tile) {
@@ -424,9 +463,9 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                         gradient[1] = _mm512_mul_ps(weighted, f.value);
                     }
                     dot = _mm512_fmadd_ps(da, value, dot);
-                    store(a[r] + c, 0xffff, _mm512_mul_ps(value, w));
+                    store(a[r] + c, ALL, _mm512_mul_ps(value, w));
                     for (int part = 0; part <= GATED; part++) {
-                        store(dh[part][r] + c, 0xffff, gradient[part]);
+                        store(dh[part][r] + c, ALL, gradient[part]);
                         store(dh_row + part * hidden + c, mask, gradient[part]);
                         sum[part][half] = _mm512_add_ps(sum[part][half], gradient[part]);
                     }
@@ -457,7 +496,12 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             const long first = item * NR;
             pack_columns(w_in + first, dim, width, dim - first, panel);
             const Cut any(n, 1);
-            auto ahead = [&](long row) { fetch_to_write(bank.result_row(low + row) + first); };
+            const long next = first + team.size * NR;
+            const Weights weights = Weights::of_columns(w_in + next, width, dim, dim - next);
+            auto ahead = [&](long begin, long count) {
+                weights.fetch(begin, count, n);
+                for (long r = 0; r < count; r++) fetch_to_write(bank.result_row(low + begin + r) + first);
+            };
             product<T, false>(any, rows.dh, bank.width_stride, panel, bank.width_words, ahead, [&](long begin, long count, Tile& tile) {
                 for (long r = 0; r < count; r++) {
                     T* dx = bank.result_row(low + begin + r);
@@ -470,7 +514,9 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             const long panel_of_a = item - for_x, first = panel_of_a * NR;
             const Word* right = rows.a_panels + panel_of_a * words * NR;
             T* dw = (T*)p.dw_out + e * dim * hidden;
-            auto ahead = [&](long row) { fetch_to_write(dw + row * hidden + first); };
+            auto ahead = [&](long begin, long count) {
+                for (long r = begin; r < begin + count; r++) fetch_to_write(dw + r * hidden + first);
+            };
             product<T, true>(bank.dim_cut, rows.dy_panels, column_panel, right, words, ahead, [&](long begin, long count, Tile& tile) {
                 for (long r = 0; r < count; r++) {
                     for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
@@ -483,9 +529,13 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             const long first = panel_of_dh % bank.hidden_panels * NR;
             const Word* right = rows.dh_panels + panel_of_dh * words * NR;
             T* dw = (T*)p.dw_in + (e * width + part * hidden) * dim;
-            auto ahead = [](long) {};
+            auto ahead = [&](long begin, long) {
+                for (long r = first; r < std::min(hidden, first + NR); r++) fetch_to_write(dw + r * dim + begin);
+            };
             product<T, true>(bank.dim_cut, rows.x_panels, column_panel, right, words, ahead, [&](long begin, long count, Tile& tile) {
-                // the tile is [dim][hidden], the gradient the other way round
+                // The tile is [dim][hidden], the gradient the other way round. Whole vectors, where the row has room: what
+                // is too much belongs to the next tile, which comes after.
+                const __mmask16 mask = begin + LANES <= dim ? ALL : lanes(count);
                 for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
                     __m512i turned[LANES];
                     for (long r = 0; r < LANES; r++) {
@@ -493,7 +543,7 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                     }
                     transpose(turned);
                     for (long r = 0; r < std::min(LANES, hidden - c); r++) {
-                        store(dw + (c + r) * dim + begin, lanes(count), _mm512_castsi512_ps(turned[r]));
+                        store(dw + (c + r) * dim + begin, mask, _mm512_castsi512_ps(turned[r]));
                     }
                 }
             });
@@ -537,7 +587,7 @@ void run(const Problem& p, bool is_backward) {
     {
         const long thread = omp_get_thread_num();
         auto compute = [&](long e, bool with_all) {
-            Team team{with_all, bank.items + e * PHASES};
+            Team team{with_all, with_all ? p.threads : 1, bank.items + e * PHASES};
             const auto rows = bank.rows_of(team, thread, p.counts[e]);
             if (p.counts[e] == 0) {
                 if (is_backward) zero_gradients(bank, e);
@@ -548,7 +598,7 @@ void run(const Problem& p, bool is_backward) {
             }
         };
         for (long e : shared) compute(e, true);
-        Team experts{p.threads > 1, next};
+        Team experts{p.threads > 1, p.threads, next};
         for (long i; (i = experts.claim()) < (long)own.size();) compute(own[i], false);
         experts.end_phase();
         if (bank.sums_at_tokens()) {
