@@ -92,9 +92,9 @@ def expert_mlp_backward(
     if need_weight:
         activate_into(h_NH, a_NH, activation)
         # <dY, a W_out^T> = <dY W_out, a>: the routing weight's gradient without the expert's output
-        dweight_N = (a_NH * da_NH).sum(-1, dtype=weight_N.dtype)
+        dweight_N = (a_NH * da_NH.to(weight_N.dtype)).sum(-1)
         if b_out is not None:
-            dweight_N += (dy_ND * b_out[_expert_of_rows(counts_E, len(dy_ND))]).sum(-1, dtype=weight_N.dtype)
+            dweight_N += (dy_ND * b_out.to(weight_N.dtype)[_expert_of_rows(counts_E, len(dy_ND))]).sum(-1)
         dweight_N.masked_fill_(nobody_N, 0)
     if weight_N is not None:
         da_NH.mul_(weight_N[:, None])

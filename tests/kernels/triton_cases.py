@@ -8,14 +8,15 @@ import os
 
 import pytest
 import torch
-from kernels_fixtures import poisoned  # noqa: F401
+from hypothesis import given, settings
+from kernels_fixtures import accuracy_cases, poisoned  # noqa: F401
 from test_kernels_grouped_gemm import FORMS, operands, value_and_gradients
 from torch.utils.checkpoint import checkpoint
 
 from gatewright.kernels import triton_mlp, triton_tuning
 from gatewright.kernels.activation import ACTIVATIONS
 from gatewright.tools.expert_case import ExpertCase as Case
-from gatewright.tools.expert_case import relative_error
+from gatewright.tools.expert_case import relative_error, too_far
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -28,6 +29,16 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def check(case, dtype=torch.float32):
     for name, (error, of_reference) in case.errors(dtype, "triton", device=DEVICE).items():
         assert error <= max(TOLERANCE[dtype], OF_THE_REFERENCE[dtype] * of_reference), (name, error, case, dtype)
+
+
+@settings(max_examples=6 if INTERPRETED else 40, deadline=None, derandomize=True)
+@given(case=accuracy_cases())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED))
+def test_accuracy(case, dtype):
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:  # larger tiles take fewer steps
+            patch.setattr(triton_tuning, "candidates", lambda *_: (triton_tuning.Config(64, 64, 64, 4, 1),))
+        assert not too_far(case.errors(dtype, "triton", device=DEVICE), dtype), case
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
