@@ -188,6 +188,7 @@ class Cell:
         then allocated anew, and counted in the peak.
         """
         threads = torch.get_num_threads()
+        peak_memory(lambda: None, self.device)  # torch's profiler wants to have been used in the main thread first
 
         def measured() -> dict[str, int]:
             torch.set_num_threads(threads)
