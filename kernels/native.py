@@ -5,13 +5,16 @@ must be there. ``why_not(dtype)`` says why it is not used, and None where it is.
 bfloat16 instructions of AVX-512 besides, and an OpenMP library of GNU's interface that ``import torch`` has loaded, as
 it does on Linux: the threads are torch's own. ``GATEWRIGHT_NATIVE=0`` in the environment turns it off.
 
-Kept between calls: one scratch buffer a thread that calls, as large as the largest call needed (``scratch_bytes``).
-Memory that is new in every step would be faulted in page by page every step.
+Kept between calls (``kept_bytes``): one scratch buffer a thread that calls, as large as the largest call needed, and the
+memory of large results that are gone, for the next results of that size. What glibc's malloc gives back to the system
+and takes anew in every step would be faulted in and zeroed in every step: hundreds of MiB of weight gradients.
 """
 
 import ctypes
+import math
 import os
 import threading
+import weakref
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -47,11 +50,56 @@ class Problem(ctypes.Structure):
     ]
 
 
+class _Results:
+    """Memory for results, reused when the tensor that it was is gone. Sizes that nobody wants any more are let go."""
+
+    SMALLEST = 1 << 20  # below, malloc keeps memory itself
+    PATIENCE = 512  # requests
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+        self._last: dict[int, int] = {}
+        self._requests = 0
+
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised, with the dtype of ``like``."""
+        size = math.prod(shape) * like.element_size()
+        if size < self.SMALLEST:
+            return like.new_empty(shape)
+        self._requests += 1
+        self._last[size] = self._requests
+        if self._requests % self.PATIENCE == 0:
+            for old in [key for key, last in self._last.items() if last <= self._requests - self.PATIENCE]:
+                self._free.pop(old, None)
+                del self._last[old]
+        try:
+            block = self._free[size].pop()
+        except (KeyError, IndexError):
+            block = torch.empty(size, dtype=torch.uint8)
+            _load()[0].gatewright_advise(block.data_ptr(), size)
+        # the tensor's memory is the array's, which lives as long as any tensor that shares it, and then gives it back
+        array = block.numpy()
+        weakref.finalize(array, self._give_back, size, block).atexit = False
+        return torch.from_numpy(array).view(like.dtype).view(shape)
+
+    def _give_back(self, size: int, block: Tensor) -> None:
+        if size in self._last:
+            self._free.setdefault(size, []).append(block)
+
+    def kept_bytes(self) -> int:
+        return sum(size * len(blocks) for size, blocks in list(self._free.items()))
+
+    def clear(self) -> None:
+        self._free.clear()
+        self._last.clear()
+
+
 class _Kept(threading.local):
     scratch: Tensor | None = None
 
 
 _kept = _Kept()
+_results = _Results()
 
 
 @cache
@@ -83,9 +131,15 @@ def why_not(dtype: torch.dtype) -> str | None:
     return None if library.gatewright_supports() & _BITS[dtype] else f"the processor does not have {_NEEDS[dtype]}"
 
 
-def scratch_bytes() -> int:
-    """What this thread keeps between calls."""
-    return 0 if _kept.scratch is None else _kept.scratch.nbytes
+def kept_bytes() -> int:
+    """What is kept between calls: this thread's scratch memory, and memory for results that is in no tensor now."""
+    return (0 if _kept.scratch is None else _kept.scratch.nbytes) + _results.kept_bytes()
+
+
+def release() -> None:
+    """Lets go what is kept between calls."""
+    _kept.scratch = None
+    _results.clear()
 
 
 def expert_mlp_forward(
@@ -103,8 +157,8 @@ def expert_mlp_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``cpu.expert_mlp_forward``."""
     num_rows = len(x_TD) if token_N is None else len(token_N)
-    out = x_TD.new_empty(len(x_TD) if combine else num_rows, x_TD.shape[1])
-    h_NH = x_TD.new_empty(num_rows, w_in.shape[1]) if keep else None
+    out = _results.empty(x_TD, len(x_TD) if combine else num_rows, x_TD.shape[1])
+    h_NH = _results.empty(x_TD, num_rows, w_in.shape[1]) if keep else None
     order_N = counts_E.new_empty(num_rows) if keep and token_N is not None else None
     _run(
         False, x_TD, w_in, w_out, b_in, b_out, counts_E, token_N, weight_N, combine, activation,
@@ -136,7 +190,7 @@ def expert_mlp_backward(
     """As ``cpu.expert_mlp_backward``."""
     names = ("dx", "dw_in", "dw_out", "db_in", "db_out", "dweight")
     gradients = {
-        name: tensor.new_empty(tensor.shape)
+        name: _results.empty(tensor, *tensor.shape)
         for name, tensor, need in zip(names, (x_TD, w_in, w_out, b_in, b_out, weight_N), needs, strict=True)
         if need
     }
@@ -193,9 +247,6 @@ def _run(
     row = library.gatewright_check(reference)
     if row >= 0:
         raise IndexError(f"token[{row}] is {int(token_N[row])}: expected 0 to {len(x_TD) - 1}, a row of x")
-    for tensor in results.values():
-        if tensor is not None:
-            library.gatewright_advise(tensor.data_ptr(), tensor.nbytes)
     problem.scratch = _scratch(library, library.gatewright_scratch_bytes(reference, backward))
     library.gatewright_expert_mlp(reference, backward)
 
@@ -207,7 +258,7 @@ def _with_whole_rows(bias_EM: Tensor | None) -> Tensor | None:
 
 def _scratch(library: ctypes.CDLL, size: int) -> int:
     """The address of ``size`` bytes, on a cache line."""
-    if scratch_bytes() < size + _ALIGNMENT:
+    if _kept.scratch is None or _kept.scratch.nbytes < size + _ALIGNMENT:
         _kept.scratch = None  # before its successor is there
         _kept.scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
         library.gatewright_advise(_kept.scratch.data_ptr(), _kept.scratch.nbytes)
