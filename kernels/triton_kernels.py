@@ -78,20 +78,33 @@ def _load_x(x, source_M, first_row, k, K: tl.constexpr, BK: tl.constexpr, TMA: t
 
 @triton.jit
 def _load_w(
-    w, first, n, k, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
+    w, expert, n, k, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One expert's matrix, [N, K] where TRANSPOSED and else [K, N], from its first row ``first`` in w. [BK, BN]"""
-    column = n + tl.arange(0, BN)
-    depth = k + tl.arange(0, BK)
+    """The tile of an expert's matrix: of [N, K] where TRANSPOSED, else of [K, N]. [BK, BN]
+
+    Where GATED the matrix is [2N, K], and to the right of the gate's columns stand those that it multiplies.
+    [BK, 2 BN]
+    """
+    WIDE: tl.constexpr = 2 * BN if GATED else BN
     if TMA:
-        tile = w.load([first + n, k]).T if TRANSPOSED else w.load([first + k, n])
-    else:
+        # a gated matrix counts as two, which one block reaches over
         if TRANSPOSED:
-            at = w + (first + column).to(tl.int64)[None, :] * K + depth[:, None]
+            tile = w.load([expert * (2 if GATED else 1), n, k]).reshape(WIDE, BK).T
         else:
-            at = w + (first + depth).to(tl.int64)[:, None] * N + column[None, :]
-        tile = _load(at, depth[:, None] < K, column[None, :] < N, K % BK == 0, N % BN == 0)
+            tile = w.load([expert, k, n]).reshape(BK, BN)
+    else:
+        column = tl.arange(0, WIDE)
+        ok = n + column % BN < N
+        depth = k + tl.arange(0, BK)
+        if TRANSPOSED:
+            if GATED:
+                column = tl.where(column < BN, column, column - BN + N)
+            row = expert.to(tl.int64) * (2 * N if GATED else N) + n + column
+            at = w + row[None, :] * K + depth[:, None]
+        else:
+            at = w + (expert.to(tl.int64) * K + depth)[:, None] * N + (n + column)[None, :]
+        tile = _load(at, depth[:, None] < K, ok[None, :], K % BK == 0, N % BN == 0)
     return tile
 
 
@@ -129,6 +142,14 @@ def _activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _halves(tile):
+    """The left and the right half of the columns."""
+    BM: tl.constexpr = tile.shape[0]
+    BN: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def rows(
     x, token, w, bias, weight, h, y,
     ends, tile_expert, tile_row, num_tiles,
@@ -140,8 +161,8 @@ def rows(
 ):  # fmt: skip
     """y[n] = weight[n] f(x[source n] w[e]^T + bias[e]), [N rows, N]; where KEEP, h is what f is applied to.
 
-    w is [E, N, K] where TRANSPOSED, else [E, K, N]. Where GATED it is [E, 2N, K], and a tile has the gate's columns
-    and those of the same numbers that the gate multiplies: two accumulators share each tile of x.
+    w is [E, N, K] where TRANSPOSED, else [E, K, N]. Where GATED it is [E, 2N, K], and a tile has BN of the gate's
+    columns and those of the same numbers that the gate multiplies.
     """
     NUM_N: tl.constexpr = (N + BN - 1) // BN
     WIDTH: tl.constexpr = 2 * N if GATED else N
@@ -153,16 +174,13 @@ def rows(
         row_ok_M = row_M < tl.load(ends + expert)
         row_M = tl.where(row_ok_M, row_M, first_row)
         source_M = (tl.load(token + row_M) if GATHER else row_M).to(tl.int64)
-        first = expert * (WIDTH if TRANSPOSED else K)
-        total = tl.zeros((BM, BN), tl.float32)
-        if GATED:
-            total_up = tl.zeros((BM, BN), tl.float32)
+        total = tl.zeros((BM, 2 * BN if GATED else BN), tl.float32)
         for k in tl.range(0, K, BK):
             x_tile = _load_x(x, source_M, first_row, k, K, BK, X_TMA)
-            total = _dot(x_tile, _load_w(w, first, n, k, N, K, BN, BK, TRANSPOSED, W_TMA), total, PRECISION, UPCAST)
-            if GATED:
-                w_up = _load_w(w, first + N, n, k, N, K, BN, BK, TRANSPOSED, W_TMA)
-                total_up = _dot(x_tile, w_up, total_up, PRECISION, UPCAST)
+            w_tile = _load_w(w, expert, n, k, N, K, BN, BK, TRANSPOSED, GATED, W_TMA)
+            total = _dot(x_tile, w_tile, total, PRECISION, UPCAST)
+        if GATED:
+            total, total_up = _halves(total)
 
         column = n + tl.arange(0, BN)
         ok = row_ok_M[:, None] & (column < N)[None, :]
@@ -186,14 +204,6 @@ def rows(
             total *= tl.load(weight + row_M)[:, None]
         y_at = y + first_row.to(tl.int64) * N + n + tl.arange(0, BM)[:, None] * N + tl.arange(0, BN)[None, :]
         tl.store(y_at, total.to(y.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of the columns."""
-    BM: tl.constexpr = tile.shape[0]
-    BN: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -293,7 +303,7 @@ def hidden_grad(
         da = tl.zeros((BM, BN), tl.float32)
         for k in tl.range(0, K, BK):
             dy_tile = _load_x(dy, source_M, first_row, k, K, BK, X_TMA)
-            w_tile = _load_w(w_out, expert * K, n, k, N, K, BN, BK, False, W_TMA)
+            w_tile = _load_w(w_out, expert, n, k, N, K, BN, BK, False, False, W_TMA)
             da = _dot(dy_tile, w_tile, da, PRECISION, UPCAST)
 
         share_M = _hidden_grad_pieces(

@@ -209,13 +209,14 @@ def _product(
     def run(config: Config) -> None:
         tiles = rows.tiles(config.m)
         x_tma = token_N is None and _tma(x)
-        # tiles of w reach into the next expert's: to be left out over columns, but not over the summed dimension
-        w_tma = _tma(w) and (transposed or depth % config.k == 0)
-        block = (config.n, config.k) if transposed else (config.k, config.n)
+        w_tma = _tma(w)
+        # a block of a gated matrix holds a tile of either half
+        halves = w.unflatten(1, (2, -1)).flatten(0, 1) if gated else w
+        block = (1 + gated, config.n, config.k) if transposed else (1, config.k, config.n)
         kernels.rows[_grid(rows, config, width, x)](
             _descriptor(x, config.m, config.k) if x_tma else x,
             x if token_N is None else token_N,
-            _descriptor(w.flatten(0, 1), *block) if w_tma else w,
+            _descriptor(halves, *block) if w_tma else w,
             x if bias is None else bias,
             x if weight_N is None else weight_N,
             y_NM if h is None else h,
@@ -269,11 +270,11 @@ def _hidden_grad(
             # rows of nobody are part of the result
             shares[parts] = dy.new_zeros(parts if need_weight else 0, rows.num, dtype=torch.float32)
         dy_tma = token_N is None and _tma(dy)
-        w_tma = _tma(w_out) and depth % config.k == 0
+        w_tma = _tma(w_out)
         kernels.hidden_grad[_grid(rows, config, width, dy)](
             _descriptor(dy, config.m, config.k) if dy_tma else dy,
             dy if token_N is None else token_N,
-            _descriptor(w_out.flatten(0, 1), config.k, config.n) if w_tma else w_out,
+            _descriptor(w_out, 1, config.k, config.n) if w_tma else w_out,
             dy if weight_N is None else weight_N,
             h_NH,
             a_NH,
@@ -393,8 +394,9 @@ def _tma(x: Tensor) -> bool:
     return x.element_size() == 2 and aligned and _has_tma(x.device)
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, x.shape, x.stride(), [rows, columns])
+def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """For blocks of this shape; what they reach over an edge is 0."""
+    return TensorDescriptor(x, x.shape, x.stride(), list(block))
 
 
 def _precision(x: Tensor) -> str:

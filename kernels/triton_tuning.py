@@ -53,7 +53,7 @@ class Config:
 
 # the first is what is taken untimed. For Hopper: its 64 x 256 products of 8 warps, or two programs of 4 warps an SM
 _HALF = {
-    # two accumulators of these sizes
+    # n columns of the gate and n that it multiplies: one product of 2n
     "rows gated": (
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
@@ -75,12 +75,12 @@ _HALF = {
         Config(128, 128, 64, 4, 3, programs=2),
         Config(64, 128, 64, 4, 3, programs=2),
     ),
-    # one stage holds the numbers of the gathered rows
+    # half of the stages hold which rows the next ones gather
     "weight_grad": (
-        Config(128, 256, 64, 8, 4),
-        Config(256, 128, 64, 8, 4),
-        Config(128, 128, 64, 4, 4, programs=2),
-        Config(128, 64, 64, 4, 4, programs=2),
+        Config(128, 256, 64, 8, 5),
+        Config(256, 128, 64, 8, 5),
+        Config(128, 128, 64, 4, 5),
+        Config(128, 64, 64, 4, 5),
     ),
 }
 _TF32 = (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs=2), Config(64, 64, 32, 4, 3, programs=2))

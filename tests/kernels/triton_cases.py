@@ -31,7 +31,7 @@ def check(case, dtype=torch.float32):
         assert error <= max(TOLERANCE[dtype], OF_THE_REFERENCE[dtype] * of_reference), (name, error, case, dtype)
 
 
-@settings(max_examples=6 if INTERPRETED else 40, deadline=None, derandomize=True)
+@settings(max_examples=4 if INTERPRETED else 40, deadline=None, derandomize=True)
 @given(case=accuracy_cases())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED))
 def test_accuracy(case, dtype):
@@ -62,8 +62,8 @@ def test_rows_of_nobody_count_as_zero(variant):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("dim", "hidden"),
-    [(32, 48), (24, 40), (19, 13)],
-    ids=["descriptors of w and rows", "descriptors but of w over its rows", "no descriptors"],
+    [(32, 64), (24, 40), (19, 13)],
+    ids=["descriptors", "descriptors that reach over edges", "no descriptors"],
 )
 @pytest.mark.parametrize("activation", ["geglu", "relu2"])
 def test_half_types(dtype, dim, hidden, activation):
