@@ -5,9 +5,9 @@ must be there. ``why_not(dtype)`` says why it is not used, and None where it is.
 bfloat16 instructions of AVX-512 besides, and an OpenMP library of GNU's interface that ``import torch`` has loaded, as
 it does on Linux: the threads are torch's own. ``GATEWRIGHT_NATIVE=0`` in the environment turns it off.
 
-Kept between calls (``kept_bytes``): one scratch buffer a thread that calls, as large as the largest call needed, and the
-memory of large results that are gone, for the next results of that size. What glibc's malloc gives back to the system
-and takes anew in every step would be faulted in and zeroed in every step: hundreds of MiB of weight gradients.
+Kept between calls (``kept_bytes``): one scratch buffer a thread that calls, as large as the largest call needed, and
+the memory of large results that are gone, for the next results of that size. What glibc's malloc gives back to the
+system and takes anew in every step would be faulted in and zeroed in every step: hundreds of MiB of weight gradients.
 """
 
 import ctypes
@@ -80,7 +80,8 @@ class _Results:
         # the tensor's memory is the array's, which lives as long as any tensor that shares it, and then gives it back
         array = block.numpy()
         weakref.finalize(array, self._give_back, size, block).atexit = False
-        return torch.from_numpy(array).view(like.dtype).view(shape)
+        # no view of another tensor: autograd lets nobody write into a view that comes out of a custom operator
+        return like.new_empty(0).set_(torch.from_numpy(array).untyped_storage(), 0, shape)
 
     def _give_back(self, size: int, block: Tensor) -> None:
         if size in self._last:
