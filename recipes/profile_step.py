@@ -1,6 +1,6 @@
 """Where the time of one training step of ``promoe_dit.py`` goes, and how much of it is outside matrix products.
 
-    python recipes/profile_step.py --size S --batch 8 --threads 2
+    python recipes/profile_step.py --size S --batch 16 --threads 2
 
 The step is the recipe's own: the same engine, loss and optimizer, on made-up latents. Time is that of torch's
 profiler, which sees an operator's own time, and what an operator calls beneath it:
@@ -39,6 +39,7 @@ from gatewright.tools.measure import describe_machine, markdown, measure_rates
 
 PROGRAM = "profile_step"
 WARMUP = 2
+LARGEST = 3  # operators named for each kind
 STEP, OPTIMIZER, EXPERTS = "training step", "optimizer and average", "gatewright::expert_mlp"
 PRODUCTS = {
     f"aten::{name}"
@@ -101,18 +102,20 @@ def profile(args: Any) -> dict[str, Any]:
 
     for number in range(WARMUP):
         step(number)
-    found: list[dict[str, float]] = []
+    found: list[dict[str, dict[str, float]]] = []
     for number in range(WARMUP, WARMUP + args.steps):
         rows.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             with torch.profiler.record_function(STEP):
                 step(number)
-        found.append(by_kind(profiler.events()))
+        found.append(by_operator(profiler.events()))
     flops = sum(rows)
     rates = measure_rates(getattr(torch, args.dtype), torch.device("cpu"))
-    middle = sorted(found, key=lambda own: sum(own.values()))[len(found) // 2]
-    least = 1e3 * flops / rates.flops
-    return {"milliseconds": middle, "expert_flops": flops, "expert_products_at_least": least, "rate": rates.flops}
+    middle = sorted(found, key=lambda own: sum(map(sum, map(dict.values, own.values()))))[len(found) // 2]
+    return {
+        "milliseconds": {kind: sum(own.values()) for kind, own in middle.items()}, "operators": middle,
+        "expert_flops": flops, "expert_products_at_least": 1e3 * flops / rates.flops, "rate": rates.flops,
+    }  # fmt: skip
 
 
 def _expert_work(layer: Any, routing: Any) -> int:
@@ -121,18 +124,22 @@ def _expert_work(layer: Any, routing: Any) -> int:
     return 3 * 2 * len(token) * layer.spec.dim * (layer.spec.rows_in + layer.spec.hidden)
 
 
-def by_kind(events: Any) -> dict[str, float]:
-    """Milliseconds of each kind within the step."""
-    own: dict[str, float] = collections.defaultdict(float)
+def by_operator(events: Any) -> dict[str, dict[str, float]]:
+    """Milliseconds of each operator's own time within the step, by kind."""
+    own: dict[str, dict[str, float]] = {kind: collections.defaultdict(float) for kind in KINDS}
     for event in events:
-        own[kind_of(event)] += event.self_cpu_time_total / 1e3
-    return {kind: own[kind] for kind in KINDS}
+        own[kind_of(event)][event.name] += event.self_cpu_time_total / 1e3
+    return own
 
 
 def report(results: dict[str, Any]) -> str:
     ms, machine = results["milliseconds"], results["machine"]
     total = sum(ms.values())
-    rows = [[kind, f"{ms[kind]:.1f}", f"{100 * ms[kind] / total:.1f} %"] for kind in KINDS]
+    rows = []
+    for kind in KINDS:
+        largest = sorted(results["operators"][kind].items(), key=lambda item: -item[1])[:LARGEST]
+        named = ", ".join(f"{name.removeprefix('aten::')} {own:.1f}" for name, own in largest if own > 0)
+        rows.append([kind, f"{ms[kind]:.1f}", f"{100 * ms[kind] / total:.1f} %", named])
     others = ms["other products"] + ms["experts' products"]
     native = ms["experts' products"] == 0
     least = results["expert_products_at_least"] if native else 0
@@ -147,7 +154,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join([
         f"One step of promoe_dit.py --size {results['size']}, batch {results['batch']}, {results['dtype']}, "
         f"{machine['threads']} threads, {machine['cpu']}, torch {machine['torch']}: {total:.0f} ms.", "",
-        *markdown(["part", "ms", "share"], rows), "",
+        *markdown(["part", "ms", "share", "largest operators, ms"], rows), "",
         f"Outside matrix products: {' to '.join(share)}{meaning}; attention's are not counted as such.",
     ])  # fmt: skip
 
@@ -156,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog=PROGRAM, description=__doc__.partition("\n")[0])
     parser.add_argument("--size", default="S", help="tiny, S, B, L or XL")
     parser.add_argument("--router", default="promoe")
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--zero", type=int, default=1, help="DeepSpeed's ZeRO stage")
     parser.add_argument("--steps", type=int, default=3, help="profiled steps; the one of median length is shown")

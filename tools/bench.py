@@ -27,7 +27,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,29 +183,21 @@ class Cell:
     def memory(self, contestant: Contestant) -> dict[str, int]:
         """Bytes: the most at once, what is kept for backward, the most that storages alone took, and ``scratch``.
 
-        Measured in a thread of its own: scratch memory that the native kernel keeps between calls, one a thread, is
-        then allocated anew, and counted in the peak.
+        What the native kernel keeps between calls is let go first: all that a step needs is allocated in it, counted.
         """
-        threads = torch.get_num_threads()
-        peak_memory(lambda: None, self.device)  # torch's profiler wants to have been used in the main thread first
-
-        def measured() -> dict[str, int]:
-            torch.set_num_threads(threads)
-            x_TD, y = self.fixed_TD.detach().requires_grad_(), []
-            with LiveStorage() as live:
-                forward = peak_memory(lambda: y.append(contestant.layer(x_TD)), self.device)
-                scratch = native.scratch_bytes()
-                backward = peak_memory(lambda: y.pop().backward(self.grad_TD), self.device)
-            contestant.clear()
-            return {
-                "peak": max(forward.peak, forward.left + backward.peak),
-                "kept": forward.left - scratch,
-                "scratch": native.scratch_bytes(),
-                "live_storage": live.peak,
-            }
-
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            return thread.submit(measured).result()
+        native.release()
+        x_TD, y = self.fixed_TD.detach().requires_grad_(), []
+        with LiveStorage() as live:
+            forward = peak_memory(lambda: y.append(contestant.layer(x_TD)), self.device)
+            scratch = native.kept_bytes()
+            backward = peak_memory(lambda: y.pop().backward(self.grad_TD), self.device)
+        contestant.clear()
+        return {
+            "peak": max(forward.peak, forward.left + backward.peak),
+            "kept": forward.left - scratch,
+            "scratch": scratch,
+            "live_storage": live.peak,
+        }
 
     def layer(self, *, seconds: float, rounds: int) -> dict[str, Any]:
         """The layer's races: counts that change, counts that do not, and ours on both in turn. After ``memory``."""

@@ -31,21 +31,23 @@ def test_the_kinds_of_known_operators():
     assert kinds[profile_step.STEP] == "outside operators"
     products = [profile_step.kind_of(event) for event in profiler.events() if event.name == "aten::mm"]
     assert products and set(products) == {"experts' products"}
-    by_kind = profile_step.by_kind(profiler.events())
+    by_operator = profile_step.by_operator(profiler.events())
     step = next(event for event in profiler.events() if event.name == profile_step.STEP)
-    assert sum(by_kind.values()) == pytest.approx(step.cpu_time_total / 1e3, rel=0.05)
+    assert sum(sum(own.values()) for own in by_operator.values()) == pytest.approx(step.cpu_time_total / 1e3, rel=0.05)
 
 
 @pytest.fixture
 def results():
     ms = dict.fromkeys(profile_step.KINDS, 10.0) | {"experts' products": 0.0, "experts' kernel": 30.0}
     return {
-        "milliseconds": ms, "expert_products_at_least": 20.0, "size": "S", "batch": 8, "dtype": "float32",
+        "milliseconds": ms, "operators": {kind: {"aten::exp": 10.0} for kind in ms},
+        "expert_products_at_least": 20.0, "size": "S", "batch": 8, "dtype": "float32",
         "machine": {"threads": 2, "cpu": "a CPU", "torch": "2"},
     }  # fmt: skip
 
 
 def test_what_is_outside_products(results):
+    assert "| moving rows | 10.0 | 11.1 % | exp 10.0 |" in profile_step.report(results)
     # of 90 ms the linear layers are 10; the kernel is 30, of which the products take at least 20
     assert "Outside matrix products: 55.6 % to 66.7 % (the native kernel" in profile_step.report(results)
     results["milliseconds"] |= {"experts' products": 20.0, "experts' kernel": 10.0}
