@@ -111,9 +111,9 @@ def expert_mlp_backward(
     dy_token_N = token_N if combine else None
     with _on(x_TD):
         # a comes times its routing weight, which dW_out then need not apply to the wider side
-        dh_NH, a_NH, dweight_N = _hidden_grad(rows, dy, w_out, h_NH, dy_token_N, weight_N, activation, need_weight)
-        if need_weight and b_out is not None:
-            dweight_N = dweight_N + _row_products(rows, dy, b_out, dy_token_N)
+        dh_NH, a_NH, shares_N = _hidden_grad(rows, dy, w_out, h_NH, dy_token_N, weight_N, activation, need_weight)
+        if need_weight:
+            dweight_N = shares_N if b_out is None else shares_N + _row_products(rows, dy, b_out, dy_token_N)
         if need_w_out:
             dw_out = _weight_grad(rows, dy, a_NH, g_token_N=dy_token_N)
         if need_b_out:
