@@ -17,6 +17,7 @@ from torch import Tensor
 from gatewright.kernels.attention import AttentionWeights
 from gatewright.moe import DispatchPlan, ExpertParallel, ExpertSpec, FeedForward, MoELayer, dispatch
 from gatewright.routers import TokenContext
+from gatewright.tools import check_gpu
 
 NAMES = sorted({case.name for case in LISTED})
 HOST = ("base",)  # solves an assignment problem on the host
@@ -134,3 +135,10 @@ def test_what_waits_is_noticed(wait):
 def test_a_copy_from_the_host_is_noticed():
     with NoWaiting("meta"), pytest.raises(AssertionError):
         torch.ones(3).to("meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [name for name in check_gpu.checks_of_a_gpu() if "wait" in name or "graph" in name])
+def test_on_a_gpu(name):
+    """Neither waits under ``set_sync_debug_mode("error")`` nor breaks the capture of a CUDA graph."""
+    check_gpu.checks_of_a_gpu()[name](torch.device("cuda"))
