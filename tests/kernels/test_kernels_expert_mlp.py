@@ -26,7 +26,7 @@ def check(case, dtype, backend):
     assert fast.keys() == exact.keys()
     for name, value in fast.items():
         assert value.shape == exact[name].shape and value.dtype == same[name].dtype, name
-        few = 4 if sum(case.counts) < 32 else 1  # so few rows average no rounding out
+        few = 4 if min(sum(case.counts), value.numel()) < 32 else 1  # so few numbers average no rounding out
         allowed = max(few * TOLERANCE[dtype], 1.5 * relative_error(same[name], exact[name]))
         assert relative_error(value, exact[name]) <= allowed, (name, case, dtype, backend)
 
@@ -44,7 +44,8 @@ cases = st.builds(
     seed=st.integers(0, 1000),
 )
 odd_cases = st.builds(
-    lambda case, dim, hidden: dataclasses.replace(case, dim=dim, hidden=hidden),
+    # not one token alone: of a sum that cancels to one small number, half types leave nothing
+    lambda case, dim, hidden: dataclasses.replace(case, dim=dim, hidden=hidden, num_tokens=max(8, case.num_tokens)),
     cases,
     st.integers(1, 19),
     st.integers(1, 19),
