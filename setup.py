@@ -4,10 +4,12 @@ The packages are listed from the folders below, never discovered from the root: 
 leftovers lie beside them. `kernels` has no `__init__.py` and is listed all the same (README, "Architecture").
 """
 
+import platform
 import re
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("kernels", "routers", "moe", "tools", "recipes")
@@ -22,6 +24,31 @@ def find_packages() -> list[str]:
 def read_version() -> str:
     # Read, not imported: at build time the package is not there under its name yet.
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+
+def native_kernels() -> list[Extension]:
+    """The CPU kernels as compiled code: optional, so that an installation without a compiler goes through.
+
+    Loaded by ctypes (kernels/native.py), which asks the processor before it calls anything compiled with these options.
+    No OpenMP library is linked: its symbols are to be those that torch has loaded.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    instructions = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
+    return [
+        Extension(
+            "gatewright.kernels._native",
+            sources=["kernels/csrc/expert_mlp.cpp"],
+            depends=["kernels/csrc/activation.h", "kernels/csrc/tile.h"],
+            extra_compile_args=[
+                "-std=c++17", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden", *(f"-m{name}" for name in instructions),
+                # GCC's own headers leave operands undefined that no instruction reads
+                "-Wno-uninitialized", "-Wno-maybe-uninitialized",
+            ],
+            language="c++",
+            optional=True,
+        )
+    ]  # fmt: skip
 
 
 EXTRAS = {
@@ -68,6 +95,7 @@ setup(
     extras_require=EXTRAS,
     packages=find_packages(),
     package_dir={"gatewright": "."},
+    ext_modules=native_kernels(),
     package_data={
         "": ["*.json", "*.html", "*.css", "*.js", "*.safetensors"],
         # folders of data, which are no packages

@@ -11,6 +11,7 @@ rows overwrite them; where rows are summed over (weight gradients) they are zero
 import torch
 from torch import Tensor
 
+from . import native
 from .activation import activate_into, activation_backward_into
 
 _BUCKET = 32
@@ -63,6 +64,10 @@ def expert_mlp_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the result, [T, D] or [N, D]; h [N, H'], and the order of rows by token [N], each empty unless ``keep``"""
+    if native.why_not(x_TD.dtype) is None:
+        return native.expert_mlp_forward(
+            x_TD, w_in, w_out, b_in, b_out, counts_E, token_N, weight_N, combine, activation, keep
+        )
     dim, hidden = w_out.shape[1:]
     blocks = _Blocks(counts_E, x_TD if token_N is None else token_N, x_TD.dtype)
     y_ND = blocks.rows(dim)
@@ -104,6 +109,10 @@ def expert_mlp_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, w_in, w_out, b_in, b_out, weight, as far as ``needs`` asks; empty tensors for the others"""
+    if native.why_not(x_TD.dtype) is None:
+        return native.expert_mlp_backward(
+            dy, x_TD, w_in, w_out, b_in, b_out, counts_E, token_N, weight_N, h_NH, order_N, combine, activation, needs
+        )
     need_x, need_w_in, need_w_out, need_b_in, need_b_out, need_weight = needs
     dim, hidden = w_out.shape[1:]
     blocks = _Blocks(counts_E, h_NH)

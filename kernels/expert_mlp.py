@@ -11,11 +11,11 @@ for which the expert's output is not needed. T*D + N*H' numbers a layer, however
 import torch
 from torch import Tensor
 
-from . import cpu, grouped_mm, reference
+from . import reference
 from .activation import GATED, check_activation
-from .backend import accumulation_dtype, autocast_dtype, choose_backend
+from .backend import accumulation_dtype, autocast_dtype, backend_module, choose_backend
 
-_MODULES = {"cpu": cpu, "torch": grouped_mm}
+_ORDERED = ("cpu", "triton")  # keep the order of rows by token
 
 
 def expert_mlp(
@@ -45,7 +45,8 @@ def expert_mlp(
         w_out: [E, D, H].
         b_in: [E, H] or [E, 2H], or None.
         b_out: [E, D], or None.
-        counts: [E] int64 rows per expert; rows are sorted by expert and N is their sum.
+        counts: [E] int64 rows per expert; rows are sorted by expert. Rows beyond their sum are assignments to nobody:
+            they count as 0. ``cpu``, which reads counts for nothing, takes none: there N is the sum.
         token: [N] int64, the row of x that each expert row takes.
         weight: [N] what multiplies each row of the result, b_out included; None is 1.
         combine: sum the rows at their tokens; needs ``token``. Tokens without a row get 0.
@@ -125,7 +126,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the result; for backward h [N, H'] and the order of rows by token (empty where not needed)."""
-    return _MODULES[backend].expert_mlp_forward(
+    return backend_module(backend).expert_mlp_forward(
         x.contiguous(), w_in, w_out, b_in, b_out, counts, token, weight, combine, activation, keep
     )
 
@@ -135,7 +136,7 @@ def _(x, w_in, w_out, b_in, b_out, counts, token, weight, combine, activation, k
     num_rows = x.shape[0] if token is None else token.shape[0]
     out = x.new_empty(x.shape[0] if combine else num_rows, x.shape[1])
     h = x.new_empty(num_rows, w_in.shape[1]) if keep else x.new_empty(0)
-    ordered = keep and token is not None and backend == "cpu"
+    ordered = keep and token is not None and backend in _ORDERED
     return out, h, counts.new_empty(num_rows if ordered else 0)
 
 
@@ -159,7 +160,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> gradients of x, w_in, w_out, b_in, b_out, weight; empty where ``needs`` does not ask for them."""
     # expanded gradients, as of a sum, make mm slow and grouped_mm fail
-    return _MODULES[backend].expert_mlp_backward(
+    return backend_module(backend).expert_mlp_backward(
         dy.contiguous(), x.contiguous(), w_in, w_out, b_in, b_out, counts, token, weight, h, order, combine,
         activation, needs,
     )  # fmt: skip

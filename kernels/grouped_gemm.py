@@ -12,10 +12,8 @@ both operands have one dtype, which is also the result's.
 import torch
 from torch import Tensor
 
-from . import cpu, grouped_mm, reference
-from .backend import autocast_dtype, choose_backend
-
-_MODULES = {"reference": reference, "cpu": cpu, "torch": grouped_mm}
+from . import reference
+from .backend import autocast_dtype, backend_module, choose_backend
 
 
 def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, counts_E: Tensor, *, backend: str | None = None) -> Tensor:
@@ -77,7 +75,7 @@ def _run(
 
 def _call(name: str, backend: str, left: Tensor, right: Tensor, counts_E: Tensor) -> Tensor:
     left = left.contiguous()  # expanded gradients make mm slow and grouped_mm fail
-    return getattr(_MODULES[backend], name)(left, right.contiguous(), counts_E)
+    return getattr(backend_module(backend), name)(left, right.contiguous(), counts_E)
 
 
 @torch.library.custom_op("gatewright::grouped_gemm", mutates_args=())

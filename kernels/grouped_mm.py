@@ -2,7 +2,7 @@
 
 grouped_mm wants int32 offsets (the end of each expert's rows), row strides that are multiples of 16 bytes and
 gradients that are not expanded, and it leaves rows beyond the last offset uninitialised: the caller sees to widths
-(``backend.choose_backend``), and here every buffer has exactly as many rows as the offsets say. It takes no bias: in
+(``backend.choose_backend``), and rows of nobody are left out here before anything is made of them. It takes no bias: in
 half types a bias is added to products that are rounded already.
 """
 
@@ -57,10 +57,12 @@ def expert_mlp_forward(
     y_ND = grouped_gemm(a_NH, w_out, counts_E)
     if b_out is not None:
         y_ND += b_out[expert_N]
+    nobody_N = _of_nobody(counts_E, len(x_ND))
     if combine:
-        y = _sum_by_token(y_ND, token_N, weight_N, len(x_TD))
+        y = _sum_by_token(y_ND, token_N.masked_fill(nobody_N, len(x_TD)), weight_N, len(x_TD))
     else:
         y = y_ND if weight_N is None else (y_ND * weight_N[:, None]).to(x_TD.dtype)
+        y.masked_fill_(nobody_N[:, None], 0)
     return y, h_NH if keep else x_TD.new_empty(0), counts_E.new_empty(0)
 
 
@@ -83,15 +85,17 @@ def expert_mlp_backward(
     """-> gradients of x, w_in, w_out, b_in, b_out, weight, as far as ``needs`` asks; empty tensors for the others"""
     need_x, need_w_in, need_w_out, need_b_in, need_b_out, need_weight = needs
     dx, dw_in, dw_out, db_in, db_out, dweight_N = (x_TD.new_empty(0) for _ in needs)
+    nobody_N = _of_nobody(counts_E, len(h_NH))
     dy_ND = dy[token_N] if combine else dy
     da_NH = grouped_gemm_input_grad(dy_ND, w_out, counts_E)
     a_NH, dh_NH = torch.empty_like(da_NH), torch.empty_like(h_NH)
     if need_weight:
         activate_into(h_NH, a_NH, activation)
         # <dY, a W_out^T> = <dY W_out, a>: the routing weight's gradient without the expert's output
-        dweight_N = (a_NH * da_NH).sum(-1, dtype=weight_N.dtype)
+        dweight_N = (a_NH * da_NH.to(weight_N.dtype)).sum(-1)
         if b_out is not None:
-            dweight_N += (dy_ND * b_out[_expert_of_rows(counts_E, len(dy_ND))]).sum(-1, dtype=weight_N.dtype)
+            dweight_N += (dy_ND * b_out.to(weight_N.dtype)[_expert_of_rows(counts_E, len(dy_ND))]).sum(-1)
+        dweight_N.masked_fill_(nobody_N, 0)
     if weight_N is not None:
         da_NH.mul_(weight_N[:, None])
         dy_ND = (dy_ND * weight_N[:, None]).to(dy.dtype)
@@ -106,24 +110,32 @@ def expert_mlp_backward(
         dw_in = grouped_gemm_weight_grad(dh_NH, x_TD if token_N is None else x_TD[token_N], counts_E)
     if need_x:
         dx = grouped_gemm_input_grad(dh_NH, w_in, counts_E)
-        if token_N is not None:
-            dx = _sum_by_token(dx, token_N, None, len(x_TD))
+        if token_N is None:
+            dx.masked_fill_(nobody_N[:, None], 0)
+        else:
+            dx = _sum_by_token(dx, token_N.masked_fill(nobody_N, len(x_TD)), None, len(x_TD))
     return dx, dw_in, dw_out, db_in, db_out, dweight_N
 
 
 def _expert_of_rows(counts_E: Tensor, num_rows: int) -> Tensor:
-    """The expert of each row. -> [N]; a given output size spares the device a wait."""
-    experts_E = torch.arange(len(counts_E), device=counts_E.device)
-    return experts_E.repeat_interleave(counts_E, output_size=num_rows)
+    """The expert of each row; of nobody's rows, the last. -> [N]"""
+    rows_N = torch.arange(num_rows, device=counts_E.device)
+    return torch.searchsorted(counts_E.cumsum(0), rows_N, right=True).clamp_(max=len(counts_E) - 1)
+
+
+def _of_nobody(counts_E: Tensor, num_rows: int) -> Tensor:
+    """Which rows lie beyond the counts: grouped_mm leaves them uninitialised. -> [N] bool"""
+    return torch.arange(num_rows, device=counts_E.device) >= counts_E.sum()
 
 
 def _sum_by_token(rows_ND: Tensor, token_N: Tensor, weight_N: Tensor | None, num_tokens: int) -> Tensor:
-    """Sums the rows of each token, times their weights where given, in at least float32. -> [T, D]"""
+    """Sums the rows of each token, times their weights where given, in at least float32; those of token T are left
+    out. -> [T, D]"""
     rows = rows_ND.to(accumulation_dtype(rows_ND.dtype))
     if weight_N is not None:
         rows = rows * weight_N[:, None]
-    total = rows.new_zeros(num_tokens, rows.shape[1]).index_add_(0, token_N, rows)
-    return total.to(rows_ND.dtype)
+    total = rows.new_zeros(num_tokens + 1, rows.shape[1]).index_add_(0, token_N, rows)
+    return total[:num_tokens].to(rows_ND.dtype, copy=True)  # results of an operator are no views
 
 
 def _sum_by_expert(rows_NM: Tensor, counts_E: Tensor) -> Tensor:

@@ -44,11 +44,14 @@ def expert_mlp(
 ) -> Tensor:
     """As ``expert_mlp.expert_mlp``. -> [T, D] where ``combine``, else [N, D]"""
     x_ND = x_TD if token_N is None else x_TD[token_N]
+    counts = counts_E.tolist()
+    nobody = len(x_ND) - sum(counts)
     blocks = []
-    for e, x in enumerate(x_ND.split(counts_E.tolist())):
+    for e, x in enumerate(x_ND.split([*counts, nobody])[:-1]):
         h = F.linear(x, w_in.unbind(0)[e], None if b_in is None else b_in.unbind(0)[e])
         a = activate(h, activation)
         blocks.append(F.linear(a, w_out.unbind(0)[e], None if b_out is None else b_out.unbind(0)[e]))
+    blocks.append(x_ND.new_zeros(nobody, x_TD.shape[1]))
     y_ND = torch.cat(blocks).to(accumulation_dtype(x_TD.dtype))
     if weight_N is not None:
         y_ND = y_ND * weight_N[:, None]

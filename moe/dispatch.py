@@ -4,7 +4,8 @@
 
 One ``DispatchPlan`` holds the order, the counts and, with expert parallelism, who gets what. It knows nothing of
 routers or experts. Memory beyond inputs, weights and expert activations: the gathered rows once each way, and only
-where they travel.
+where they travel. On a GPU nothing here waits for the device, but for the split sizes of the all-to-all, which the
+collective wants on the host: one wait a layer with expert parallelism, none without.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from ..kernels.segment import segment_sum
 from .parallel import Exchange, ExpertParallel, exchange_counts
 
 
+def counts_are_at_hand(tensor: Tensor) -> bool:
+    """Whether the host may read what this tensor's device counts: elsewhere than on a CPU it would wait for the device,
+    so there kernels pass over what no count includes."""
+    return tensor.device.type == "cpu"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DispatchPlan:
     """Who computes which row.
 
     Attributes:
         num_rows: R, rows of the input that may be gathered (the tokens, or the expert inputs that replace them).
-        source: [N] which input row an assignment takes, in expert order.
+        source: [N] which input row an assignment takes, in expert order. Assignments to nobody come last and are in no
+            count; where ``counts_are_at_hand`` they are cut off.
         weight: [N] the factor of its output, in expert order; None = 1.
         counts_E: [E] assignments of every expert of the whole bank (all ranks).
         parallel: where the experts are.
@@ -58,12 +66,12 @@ class DispatchPlan:
         # assignments to nobody sort to the end, as an expert more
         order, counts_E, _ = sort_by_expert(torch.where(expert < 0, num_experts, expert), num_experts + 1)
         counts_E = counts_E[:num_experts]
-        # a kernel takes exactly the rows that its counts say; on a GPU this waits for the device
-        order = order[: int(counts_E.sum())]
+        if counts_are_at_hand(expert):
+            order = order[: int(counts_E.sum())]
         return cls(
             num_rows=num_rows,
-            source=source[order],
-            weight=None if weight is None else weight[order],
+            source=source.index_select(0, order),
+            weight=None if weight is None else weight.index_select(0, order),
             counts_E=counts_E,
             parallel=parallel,
         )
@@ -91,14 +99,13 @@ class DispatchPlan:
         ranks = self.parallel.size
         send_RE = self.counts_E.view(ranks, -1)
         receive_RE = exchange_counts(send_RE, self.parallel)
-        # the collective needs its split sizes on the host
+        # the collective needs its split sizes on the host: the one wait for the device
         send, receive = torch.stack([send_RE.sum(1), receive_RE.sum(1)]).tolist()
-        weight = self.weight
-        if weight is None:
-            weight = x_RD.new_ones(len(self.source), dtype=torch.float32)
+        source = self.source[: sum(send)]
+        weight = x_RD.new_ones(len(source), dtype=torch.float32) if self.weight is None else self.weight[: sum(send)]
 
         there = Exchange(self.parallel, send, receive)
-        rows_MD, weight_M = there.start(permute(x_RD, self.source), weight)
+        rows_MD, weight_M = there.start(permute(x_RD, source), weight)
         meanwhile = while_travelling()
         there.finish()
 
@@ -115,4 +122,4 @@ class DispatchPlan:
         back = there.reversed()
         (out_ND,) = back.start(out_MD)
         back.finish()
-        return segment_sum(out_ND, self.source, self.num_rows), meanwhile
+        return segment_sum(out_ND, source, self.num_rows), meanwhile

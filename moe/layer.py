@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..kernels.segment import segment_sum
 from ..routers.base import EXPERT_KINDS, REDUCTIONS, Router, Routing, TokenContext, router_dtype
+from . import dispatch
 from .dispatch import DispatchPlan
 from .experts import ExpertSpec, GroupedExperts
 from .parallel import ExpertParallel
@@ -167,8 +168,15 @@ class MoELayerCode:
             parts, local = [], None
             if self.local_experts is not None:
                 at = plan("local", ExpertParallel())
-                own = self.local_experts(x_RD, at.counts_E, token=at.source, weight=at.weight, backend=self.backend)
-                local = at.source, own
+                # few rows have a local expert: where the plan holds those alone, adding them spares two passes over all
+                few = dispatch.counts_are_at_hand(x_RD)
+                own = self.local_experts(
+                    x_RD, at.counts_E, token=at.source, weight=at.weight, combine=not few, backend=self.backend
+                )
+                if few:
+                    local = at.source, own
+                else:
+                    parts.append(own)
             for kind in ("copy", "constant"):
                 if self._ids[kind]:
                     parts.append(self._without_computation(kind, x_RD, source, expert, weight))
@@ -177,7 +185,6 @@ class MoELayerCode:
         bank = partial(self.experts, backend=self.backend)
         out_RD, (shared_TD, local, parts) = plan("routed", self.parallel).run(x_RD, bank, here)
         if local is not None:
-            # few rows have a local expert: adding those alone spares two passes over all of them
             out_RD = out_RD.index_add_(0, *local)
         # under autocast the bank answers in less than x's precision, and the output has its dtype whatever the kinds
         return sum((part.to(out_RD.dtype) for part in parts), out_RD), shared_TD

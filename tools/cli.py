@@ -16,8 +16,9 @@ from .. import __version__
 
 # name: (module, what it does in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "bench": ("gatewright.tools.bench", "time a MoE layer against a dense feed-forward and a loop over its experts"),
+    "bench": ("gatewright.tools.bench", "time a MoE layer and its parts against every peer that is installed"),
     "bench-routers": ("gatewright.tools.bench_routers", "time each router's decision against plain softmax top-k"),
+    "check-gpu": ("gatewright.tools.check_gpu", "check the kernels on this machine's GPU, and time them there"),
     "check-router": (
         "gatewright.tools.check_router",
         "say whether a router, yours or a listed one, keeps its contract",

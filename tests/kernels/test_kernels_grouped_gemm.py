@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_fixtures import poisoned  # noqa: F401
 
-from gatewright.kernels.backend import BACKENDS, choose_backend
+from gatewright.kernels import backend as backends
+from gatewright.kernels.backend import choose_backend
 from gatewright.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input_grad, grouped_gemm_weight_grad
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+BACKENDS = ("reference", "cpu", "torch")  # what runs here; triton has its own file
 FORMS = {
     "grouped_gemm": (grouped_gemm, ("NK", "EMK")),
     "input_grad": (grouped_gemm_input_grad, ("NM", "EMK")),
@@ -28,9 +30,10 @@ def operands(form, counts, m, k, dtype, seed=0):
 
 def value_and_gradients(form, tensors, counts, backend):
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = FORMS[form][0](*leaves, torch.tensor(counts), backend=backend)
+    out = FORMS[form][0](*leaves, torch.tensor(counts, device=leaves[0].device), backend=backend)
     generator = torch.Generator().manual_seed(1)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(tensors[0].dtype).to(out.dtype))
+    dy = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(tensors[0].dtype)
+    out.backward(dy.to(out))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
@@ -150,6 +153,9 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def no_variable(self, monkeypatch):
         monkeypatch.delenv("GATEWRIGHT_KERNELS", raising=False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(backends, "_HAS_TRITON", True)
+        monkeypatch.setattr(backends, "_capability", lambda device: None)
 
     @pytest.mark.parametrize(
         ("device", "dtype", "widths", "chosen"),
@@ -157,14 +163,23 @@ class TestChoice:
             ("cpu", torch.float32, (7,), "cpu"),
             ("cpu", torch.float64, (7,), "cpu"),
             ("cpu", torch.complex64, (8,), "reference"),
-            ("cuda", torch.bfloat16, (8, 16), "torch"),
-            ("cuda", torch.bfloat16, (8, 12), "reference"),
+            ("cuda", torch.bfloat16, (8, 16), "triton"),
+            ("cuda", torch.float32, (7,), "triton"),
             ("cuda", torch.float64, (8,), "reference"),
             ("meta", torch.float32, (8,), "reference"),
         ],
     )
     def test_by_itself(self, device, dtype, widths, chosen):
         assert choose_backend(None, device=torch.device(device), dtype=dtype, widths=widths) == chosen
+
+    @pytest.mark.parametrize(("widths", "chosen"), [((8, 16), "torch"), ((8, 12), "reference")])
+    @pytest.mark.parametrize("lacking", ["package", "capability"])
+    def test_by_itself_without_triton(self, lacking, widths, chosen, monkeypatch):
+        if lacking == "package":
+            monkeypatch.setattr(backends, "_HAS_TRITON", False)
+        else:
+            monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+        assert choose_backend(None, device=torch.device("cuda"), dtype=torch.bfloat16, widths=widths) == chosen
 
     def test_argument_before_environment(self, monkeypatch):
         monkeypatch.setenv("GATEWRIGHT_KERNELS", "torch")
@@ -176,7 +191,9 @@ class TestChoice:
         ("backend", "device", "dtype", "widths", "message"),
         [
             ("refrence", "cpu", torch.float32, (8,), 'did you mean "reference"'),
-            ("triton", "cpu", torch.float32, (8,), 'Choose "reference", "cpu", "torch"'),
+            ("cutlass", "cpu", torch.float32, (8,), 'Choose "reference", "cpu", "torch", "triton"'),
+            ("triton", "cpu", torch.float32, (8,), "on cuda only .*TRITON_INTERPRET=1.*, not on cpu"),
+            ("triton", "cuda", torch.float64, (8,), "not torch.float64"),
             ("cpu", "cuda", torch.float32, (8,), "cpu only, and the tensors are on cuda"),
             ("cpu", "cpu", torch.complex64, (8,), "not torch.complex64"),
             ("torch", "cpu", torch.float64, (8,), "not torch.float64"),
@@ -192,3 +209,14 @@ class TestChoice:
         given_ = backend if by == "argument" else None
         with pytest.raises(ValueError, match=message):
             choose_backend(given_, device=torch.device(device), dtype=dtype, widths=widths)
+
+    @pytest.mark.parametrize(
+        ("lacking", "message"), [("package", "not installed"), ("capability", "8.0 or more, .* 7.5")]
+    )
+    def test_triton_refuses_where_it_cannot_run(self, lacking, message, monkeypatch):
+        if lacking == "package":
+            monkeypatch.setattr(backends, "_HAS_TRITON", False)
+        else:
+            monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
+        with pytest.raises(ValueError, match=message):
+            choose_backend("triton", device=torch.device("cuda"), dtype=torch.float32, widths=(8,))

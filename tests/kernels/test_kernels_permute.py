@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatewright.kernels.permute import permute, sort_by_expert, unpermute
+from gatewright.kernels.permute import _sort_digits, permute, sort_by_expert, unpermute
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -60,3 +60,11 @@ def test_tokens_without_a_row_get_zero_and_half_types_are_summed_in_float32():
 def test_says_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("bank_size", "size"), [(4, 50), (1, 5), (6, 0), (0, 0), (40_000, 30)])
+def test_the_sort_of_a_gpu_is_the_same(bank_size, size):
+    expert = torch.randint(max(1, bank_size), (size,), generator=torch.Generator().manual_seed(0))
+    order, counts, _ = sort_by_expert(expert, bank_size)
+    for value, expected in zip(_sort_digits(expert, bank_size), (order, counts), strict=True):
+        assert torch.equal(value, expected) and value.dtype == torch.int64

@@ -356,3 +356,14 @@ def test_a_causal_model_refuses_a_router_that_looks_ahead():
         refused.eval()(x, context)
     MoELayer(create_router("expert_choice", dim=D, num_experts=3), spec, allow_noncausal=True)(x, context)
     MoELayer(create_router("topk", dim=D, num_experts=3), spec)(x, context)
+
+
+def test_local_experts_add_to_a_large_result():
+    """More than a MiB: memory that a kernel keeps and gives out again may be no view, which autograd would guard."""
+    layer = MoELayer(create_router("promoe", dim=128, num_experts=3), ExpertSpec(128, 64, "gelu", bias=True))
+    x = torch.randn(4, 600, 128, requires_grad=True)
+    context = TokenContext.for_tokens(x, null_mask=torch.tensor([True, False, False, False]))
+    y, _ = layer(x, context)
+    y.sum().backward()
+    layer.backend = "reference"
+    torch.testing.assert_close(y, layer(x, context)[0])

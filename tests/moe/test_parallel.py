@@ -1,6 +1,7 @@
 """Expert parallelism in plain PyTorch: training on several ranks follows one process that sees the same batches."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from router_cases import LISTED, Case, assert_same, resized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer, finish_step
+from gatewright.moe import ExpertParallel, ExpertSpec, FeedForward, MoELayer, dispatch, finish_step
 from gatewright.moe.parallel import (
     Exchange,
     check_divides_world,
@@ -154,6 +155,23 @@ def special_parts_of_the_batch(size):
         for name in ("topk", "promoe", "diffmoe", "race", "made-up rows"):
             if (kind, name) != ("all null", "made-up rows"):
                 follows_one_process(name, kind, size)
+
+
+def keeping_what_goes_to_nobody():
+    """As on a GPU, where the plan holds assignments to nobody: none of them travels."""
+    dispatch.counts_are_at_hand, at_hand = lambda _: False, dispatch.counts_are_at_hand
+    os.environ["GATEWRIGHT_KERNELS"] = "reference"  # "cpu" takes none of them
+    try:
+        for name in ("topk", "promoe"):
+            follows_one_process(name, "padded", 2)
+    finally:
+        dispatch.counts_are_at_hand = at_hand
+        del os.environ["GATEWRIGHT_KERNELS"]
+
+
+@pytest.mark.distributed
+def test_plans_of_a_gpu_on_two_ranks(ranks):  # noqa: F811
+    ranks(2).run(keeping_what_goes_to_nobody)
 
 
 @pytest.mark.distributed
