@@ -202,8 +202,19 @@ def predicted_and_real(plan: "Plan", model: str | os.PathLike, pruned: str | os.
         report = dry_run(plan, model)
         sizes = {"before": report.bytes_before, "after": report.bytes_after}
     if pruned is not None:
-        sizes["real"] = sum(file.stat().st_size for file in Path(pruned).glob("*.safetensors"))
+        files = sorted(Path(pruned).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(2, "there is no safetensors file: name the pruned checkpoint's folder", str(pruned))
+        # a run's sizes are those of its tensors, without the headers of files
+        sizes["real"] = sum(
+            file.stat().st_size - (_header_bytes(file) if is_run_folder(model) else 0) for file in files
+        )
     return sizes
+
+
+def _header_bytes(file: Path) -> int:
+    with open(file, "rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def quantisation(checkpoint: Checkpoint) -> str:

@@ -126,6 +126,7 @@ def test_refusals_come_before_anything_is_written(walked, tmp_path, capsys):
         ["dry-run", str(walked / "stats"), "--model", model],
         ["collect", model, "--demos", plan, "--out", str(tmp_path / "out")],
         ["verify", plan, "--model", model, "--pruned", str(tmp_path)],
+        ["report", plan, "--model", model, "--pruned", str(tmp_path), "--out", str(tmp_path / "report.html")],
     ):
         assert main(["prune", *argv]) == 2, argv
         error = capsys.readouterr().err
