@@ -5,6 +5,8 @@ command answers at once, and a build can read the version.
 """
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -38,12 +40,35 @@ __all__ = [
     "register_router",
 ]
 
-_HOME = {
-    **dict.fromkeys(
-        ("Router", "Routing", "TokenContext", "create_router", "list_routers", "register_router"), ".routers"
-    ),
-    **dict.fromkeys(
-        (
+
+def names_on_first_use(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose names come from its modules when they are first used.
+
+    Args:
+        package: its ``__name__``.
+        homes: the public names by the module that has them (".layer").
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def __getattr__(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(home[name], package), name)
+        setattr(sys.modules[package], name, value)  # the next use does not come here
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home})
+
+    return __getattr__, __dir__
+
+
+__getattr__, __dir__ = names_on_first_use(
+    __name__,
+    {
+        ".moe": (
             "DispatchPlan",
             "ExpertParallel",
             "ExpertSpec",
@@ -52,18 +77,6 @@ _HOME = {
             "MoELayer",
             "finish_step",
         ),
-        ".moe",
-    ),
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value  # the next use does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+        ".routers": ("Router", "Routing", "TokenContext", "create_router", "list_routers", "register_router"),
+    },
+)

@@ -4,8 +4,9 @@ The names below are imported when they are first used (PEP 562), so that `moe.fi
 write with, costs no torch either.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from .. import names_on_first_use
 
 if TYPE_CHECKING:
     from .dispatch import DispatchPlan
@@ -34,52 +35,15 @@ __all__ = [
     "upcycle",
 ]
 
-_HOME = {
-    **dict.fromkeys(("DispatchPlan",), ".dispatch"),
-    **dict.fromkeys(
-        (
-            "ExpertSpec",
-            "FeedForward",
-            "GroupedExperts",
-        ),
-        ".experts",
-    ),
-    **dict.fromkeys(
-        (
-            "MoELayer",
-            "finish_step",
-            "moe_layers",
-        ),
-        ".layer",
-    ),
-    **dict.fromkeys(("ExpertParallel",), ".parallel"),
-    **dict.fromkeys(("Recorder",), ".record"),
-    **dict.fromkeys(
-        (
-            "SegmentFeedForward",
-            "SegmentMoELayer",
-        ),
-        ".segment",
-    ),
-    **dict.fromkeys(
-        (
-            "FeedForwardWeights",
-            "merge_experts",
-            "split_feed_forward",
-            "upcycle",
-        ),
-        ".upcycling",
-    ),
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value  # the next use does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = names_on_first_use(
+    __name__,
+    {
+        ".dispatch": ("DispatchPlan",),
+        ".experts": ("ExpertSpec", "FeedForward", "GroupedExperts"),
+        ".layer": ("MoELayer", "finish_step", "moe_layers"),
+        ".parallel": ("ExpertParallel",),
+        ".record": ("Recorder",),
+        ".segment": ("SegmentFeedForward", "SegmentMoELayer"),
+        ".upcycling": ("FeedForwardWeights", "merge_experts", "split_feed_forward", "upcycle"),
+    },
+)

@@ -19,8 +19,9 @@ The names below are imported when they are first used (PEP 562): what reads a pl
 A step's function has its module's name and is imported from there, as above.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ... import names_on_first_use
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -33,19 +34,6 @@ if TYPE_CHECKING:
     from .model import moe_blocks, observe
     from .plan import Plan, make_plan
     from .statistics import DomainStatistics, Statistics
-
-_HOME = {
-    "Checkpoint": ".checkpoint",
-    "score": ".criteria",
-    "Demo": ".demos",
-    "LayerwiseModel": ".layerwise",
-    "Layout": ".layout",
-    **dict.fromkeys(("load_model", "load_tokenizer"), ".loading"),
-    **dict.fromkeys(("masked", "masked_by"), ".mask"),
-    **dict.fromkeys(("moe_blocks", "observe"), ".model"),
-    **dict.fromkeys(("Plan", "make_plan"), ".plan"),
-    **dict.fromkeys(("DomainStatistics", "Statistics"), ".statistics"),
-}
 
 __all__ = [
     "Checkpoint",
@@ -65,14 +53,18 @@ __all__ = [
     "score",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value  # the next use does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = names_on_first_use(
+    __name__,
+    {
+        ".checkpoint": ("Checkpoint",),
+        ".criteria": ("score",),
+        ".demos": ("Demo",),
+        ".layerwise": ("LayerwiseModel",),
+        ".layout": ("Layout",),
+        ".loading": ("load_model", "load_tokenizer"),
+        ".mask": ("masked", "masked_by"),
+        ".model": ("moe_blocks", "observe"),
+        ".plan": ("Plan", "make_plan"),
+        ".statistics": ("DomainStatistics", "Statistics"),
+    },
+)
