@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .layerwise import LayerwiseModel
 from .layout import Layout
-from .loading import checkpoint_folder, load_config, loading_options, quantisation, quiet
+from .loading import checkpoint_folder, load_config, loading_options, model_class, quantisation, quiet
 from .mask import masked_by
 from .plan import Plan
 from .verify import Check
@@ -38,7 +37,7 @@ _GROWTH = {"fp8": 2, "mxfp4": 4}  # of what is stored, once it is plain numbers
 def check_loads(pruned: str | Path) -> Check:
     """V1."""
     folder = checkpoint_folder(pruned)
-    kind = model_class(folder)
+    kind = model_class(load_config(folder))
     try:
         with quiet():
             _, found = kind.from_pretrained(
@@ -119,15 +118,6 @@ def check_logits(
     return Check("V2", True, f"equals the masked model bit for bit on {ids.numel()} tokens: {how}")
 
 
-def model_class(folder: Path) -> type[nn.Module]:
-    """The class that stock transformers takes for the folder: the one that its configuration names."""
-    config = load_config(folder)
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
-
-
 def implementations_of(model: nn.Module, among: Sequence[str] = IMPLEMENTATIONS) -> tuple[str, ...]:
     """Those of ``among`` that the model can be set to."""
     if not model._can_set_experts_implementation():
@@ -172,7 +162,7 @@ def _maybe_masked(model: nn.Module, plan: Plan | None) -> Iterator[None]:
 
 def _run_whole(folder: Path, ids: Tensor, names: Sequence[str], plan: Plan | None) -> dict[str, Tensor]:
     with quiet():
-        model = model_class(folder).from_pretrained(folder, **_options(folder)).eval()
+        model = model_class(load_config(folder)).from_pretrained(folder, **_options(folder)).eval()
     _align(model)
     outputs = {}
     for name in implementations_of(model, names):
