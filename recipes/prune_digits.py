@@ -47,7 +47,7 @@ PLANS = {
     "random": ("random", "uniform"),
 }
 CHOSEN = "EASY-EP"
-RANDOM_DRAWS = 5  # a seed
+RANDOM_DRAWS = 3  # a seed
 POLICIES = ("slice", "keep-rows")
 KEPT, OTHERS = "kept", "others"
 
