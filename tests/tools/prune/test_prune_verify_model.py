@@ -102,7 +102,7 @@ def test_v2_finds_swapped_experts_and_changed_numbers(pruned, tmp_path, layerwis
 def test_a_model_that_does_not_fit_goes_layer_by_layer_and_says_so(pruned, monkeypatch):
     monkeypatch.setattr(verify_model, "free_memory", lambda: 1000)
     found = check_logits(pruned.plan, pruned.source, pruned.out)
-    assert found.passed and "layer by layer" in found.summary and "last hidden states" in found.summary
+    assert found.passed and "layer by layer" in found.summary and "final hidden states" in found.summary
 
 
 def test_where_a_tensor_starts_in_memory_does_not_count(tmp_path):
