@@ -108,7 +108,7 @@ def check_logits(
     said = ", ".join(want)
     if layerwise:
         how = (
-            f"layer by layer ({need / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB free), final hidden states or logits, "
+            f"layer by layer ({need / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB free), final hidden states or logits "
             f"under the experts implementation {said}"
         )
     else:
