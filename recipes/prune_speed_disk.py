@@ -6,9 +6,10 @@ copied and put on the disk, which no rewriting can avoid:
 
     ratio = seconds to copy and fsync the output's files / seconds to write them by pruning
 
-in pairs, the order alternating, each reading from a cold page cache (`posix_fadvise`). Peak memory is the pruning
-process's own (VmHWM). Then a run is killed (SIGKILL) at random moments and started again until it is done, and the
-result compared byte for byte with that of the runs that were left alone.
+in pairs, in an order that alternates, reported as their geometric mean. What either reads was read before and lies in
+the page cache, and what was written before is on the disk: both are timed for the same thing, moving bytes to the disk.
+Peak memory is the pruning process's own (VmHWM). Then a run is killed (SIGKILL) at random moments and started again
+until it is done, and the result compared byte for byte with that of the runs that were left alone.
 
     python recipes/prune_speed_disk.py --gigabytes 8 --shards 20 --kills 10 --folder /data
 
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from gatewright.recipes.console import MISTAKES, Parser, fail
 from gatewright.tools.prune.checkpoint import BITS, Checkpoint
 from gatewright.tools.prune.layout import Layout
 from gatewright.tools.prune.plan import Plan
+from gatewright.tools.prune.target import Target
 
 PROGRAM = "prune_speed_disk"
 EXPERTS, TOP_K, BLOCK = 32, 4, 128
+READ = 1 << 22
 POOL = 1 << 24  # random bytes that weights are cut from
 
 # Runs the step, then says how long it took and the most memory that the process ever had.
@@ -167,14 +170,26 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - began
 
 
-def forget(folder: Path) -> None:
-    """Drops a folder's files, which are on the disk, from the page cache."""
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+def settle(ranges: Iterable[tuple[Path, int, int]]) -> None:
+    """Waits for the disk, and reads the parts of files (first byte, one behind the last) that are to be read next."""
+    os.sync()
+    for path, start, end in ranges:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(start)
+            while start < end:
+                start += len(stream.read(min(READ, end - start)))
+
+
+def parts(model: Path, plan: Plan) -> list[tuple[Path, int, int]]:
+    """Every part of the model's files that pruning copies."""
+    checkpoint = Checkpoint.open(model)
+    target = Target.of(checkpoint, Layout.of(checkpoint), plan)
+    tensors = (tensor for shard in target.shards for tensor in shard.tensors)
+    return [(model / tensor.source.file, *pair) for tensor in tensors for pair in tensor.ranges()]
+
+
+def whole(folder: Path) -> list[tuple[Path, int, int]]:
+    return [(file, 0, file.stat().st_size) for file in sorted(folder.iterdir())]
 
 
 def kill_and_resume(plan: Path, model: Path, out: Path, *, kills: int, seconds: float, seed: int) -> dict[str, int]:
@@ -214,23 +229,25 @@ def _equal(first: Path, second: Path) -> bool:
         return False
     with open(first, "rb") as one, open(second, "rb") as other:
         while True:
-            chunk = one.read(1 << 22)
-            if chunk != other.read(1 << 22):
+            chunk = one.read(READ)
+            if chunk != other.read(READ):
                 return False
             if not chunk:
                 return True
 
 
 def measure(
-    parent: Path, *, gigabytes: float = 8.0, shards: int = 20, pairs: int = 3, kills: int = 10, seed: int = 0
+    parent: Path, *, gigabytes: float = 8.0, shards: int = 20, pairs: int = 4, kills: int = 10, seed: int = 0
 ) -> dict[str, Any]:
     """Everything above in a folder of its own below `parent`, which is removed.
 
     Raises:
         ValueError: a number that makes no sense, or too little room on the disk.
     """
-    if gigabytes <= 0 or shards < 1 or pairs < 1 or kills < 0:
-        raise ValueError("--gigabytes, --shards and --pairs are above 0, --kills is not below")
+    if gigabytes <= 0 or shards < 1 or pairs < 2 or pairs % 2 or kills < 0:
+        raise ValueError(
+            "--gigabytes and --shards are above 0, --pairs is 2, 4, ... for both orders, --kills from 0 on"
+        )
     needed, free = 3 * gigabytes * 1e9, shutil.disk_usage(parent).free
     if needed > free:
         raise ValueError(f"{parent} has {free / 1e9:.1f} GB left and {needed / 1e9:.1f} are needed: use --folder")
@@ -242,26 +259,28 @@ def measure(
         stamps = {file.name: file.stat().st_mtime_ns for file in model.iterdir()}
         plan = make_plan(model, seed)
         plan.save(plan_file)
+        read_by_pruning = parts(model, plan)
         pruned, copied, peaks, torch_imported = [], [], [], False
         for pair in range(pairs):
 
             def by_pruning() -> None:
                 nonlocal torch_imported
                 shutil.rmtree(out, ignore_errors=True)
-                forget(model)
+                settle(read_by_pruning)
                 seconds, peak, imported = prune(plan_file, model, out)
                 pruned.append(seconds)
                 peaks.append(peak)
                 torch_imported |= imported
 
             def by_copying() -> None:
-                forget(out)
+                shutil.rmtree(folder / "copy", ignore_errors=True)
+                settle(whole(out))
                 copied.append(copy(out, folder / "copy"))
-                shutil.rmtree(folder / "copy")
 
             # There is nothing to copy before the first run.
             for step in (by_pruning, by_copying) if pair % 2 == 0 else (by_copying, by_pruning):
                 step()
+        shutil.rmtree(folder / "copy")
         bytes_before, bytes_after = Checkpoint.open(model).file_bytes, Checkpoint.open(out).file_bytes
         resumed = kill_and_resume(
             plan_file, model, folder / "killed", kills=kills, seconds=statistics.median(pruned), seed=seed
@@ -273,7 +292,9 @@ def measure(
             "seconds_pruning": pruned,
             "seconds_copying": copied,
             "ratios": [copying / pruning for copying, pruning in zip(copied, pruned, strict=True)],
-            "ratio": statistics.median(copying / pruning for copying, pruning in zip(copied, pruned, strict=True)),
+            "ratio": statistics.geometric_mean(
+                copying / pruning for copying, pruning in zip(copied, pruned, strict=True)
+            ),
             "peak_bytes": max(peaks),
             "torch_imported": torch_imported,
             **resumed,
@@ -302,7 +323,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Time pruning on disk against copying, and kill it on the way.")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the checkpoint (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=20, help="files that it is in (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=3, help="times that both are timed (default: %(default)s)")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=4,
+        help="times that both are timed, half of them in either order (default: %(default)s)",
+    )
     parser.add_argument("--kills", type=int, default=10, help="times that a run is killed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")

@@ -4,8 +4,9 @@
 
 No tensor is ever interpreted, so every type that safetensors can hold goes through, and no torch is imported. Files are
 made in a folder `.DIR.pruning` beside the output: each is written under another name, put on the disk, renamed, and
-noted in a journal. A run that was killed, or that found the disk full, goes on where it stopped when it is started
-again; only when everything is there does the folder get its name. The source is only ever read.
+noted in a journal, while the next is being written. A run that was killed, or that found the disk full, goes on where
+it stopped when it is started again; only when everything is there does the folder get its name. The source is only ever
+read.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,16 +89,17 @@ def apply(
     try:
         reused = []
         done = 0
-        for shard in target.shards:
-            if journal.is_good(files, shard.file):
-                reused.append(shard.file)
-            else:
-                with _resumable(work, len(journal.finished), len(target.shards)):
-                    journal.note(shard.file, write_shard(shard, checkpoint.folder, files))
-            done += shard.size
-            if progress is not None:
-                progress(shard.file, done, target.weight_bytes)
-        with _resumable(work, len(journal.finished), len(target.shards)):
+        with _resumable(work, journal, len(target.shards)):
+            with _Finisher(files, journal) as finisher:
+                for shard in target.shards:
+                    if journal.is_good(files, shard.file):
+                        reused.append(shard.file)
+                    else:
+                        write_shard(shard, checkpoint.folder, files)
+                        finisher.add(shard)
+                    done += shard.size
+                    if progress is not None:
+                        progress(shard.file, done, target.weight_bytes)
             _write_others(target, files)
         if _identity(target, plan) != identity:
             raise ValueError(f"{model} was changed while it was read: remove {work} and start again")
@@ -164,13 +166,13 @@ def check_room(target: Target, out: Path, files: Path) -> None:
         )
 
 
-def write_shard(shard: TargetShard, source: Path, folder: Path) -> Finished:
-    """Writes one file of weights into `folder`: it has its name once it is on the disk."""
-    path, beside = source / shard.file, folder / f".{shard.file}.new"
+def write_shard(shard: TargetShard, source: Path, folder: Path) -> None:
+    """Writes one file of weights into `folder`, under another name (`_unfinished`) and not yet on the disk."""
+    path, beside = source / shard.file, _unfinished(folder, shard)
     reader = os.open(path, os.O_RDONLY)
     try:
         # Unbuffered: what the kernel copies and what is gathered go through one file position.
-        with open(beside, "wb", buffering=0) as stream, ThreadPoolExecutor(1) as flusher:
+        with open(beside, "wb", buffering=0) as stream:
             to = stream.fileno()
             gathered = bytearray(shard.header)
             for start, end in (pair for tensor in shard.tensors for pair in tensor.ranges()):
@@ -182,9 +184,19 @@ def write_shard(shard: TargetShard, source: Path, folder: Path) -> Finished:
                 if end - start >= SMALL:
                     _copy(reader, to, start, end, path)
             _write(to, gathered)
-            flushed = flusher.submit(os.fsync, to)
-            checksum = crc32(beside)
-            flushed.result()
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(reader)
+
+
+def finish_shard(shard: TargetShard, folder: Path) -> Finished:
+    """Puts a file that `write_shard` wrote on the disk, and only then gives it its name."""
+    beside = _unfinished(folder, shard)
+    try:
+        flush_to_disk(beside)
+        checksum = crc32(beside)
         size = beside.stat().st_size
         if size != shard.size:
             raise RuntimeError(f"{beside} became {size} bytes long and not {shard.size}")
@@ -193,9 +205,38 @@ def write_shard(shard: TargetShard, source: Path, folder: Path) -> Finished:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(reader)
-    return Finished(shard.size, checksum)
+    return Finished(size, checksum)
+
+
+def _unfinished(folder: Path, shard: TargetShard) -> Path:
+    return folder / f".{shard.file}.new"
+
+
+class _Finisher:
+    """Finishes a file while the next one is written: waiting for the disk and summing up cost no time of their own."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self._folder, self._journal = folder, journal
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: tuple[TargetShard, Future[Finished]] | None = None
+
+    def add(self, shard: TargetShard) -> None:
+        self._wait()
+        self._pending = shard, self._thread.submit(finish_shard, shard, self._folder)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            (shard, finished), self._pending = self._pending, None
+            self._journal.note(shard.file, finished.result())
+
+    def __enter__(self) -> "_Finisher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._wait()  # also where the next file failed
+        finally:
+            self._thread.shutdown()
 
 
 def _read(reader: int, start: int, length: int, path: Path) -> bytes:
@@ -266,7 +307,7 @@ def _write_others(target: Target, files: Path) -> None:
 
 
 @contextmanager
-def _resumable(work: Path, done: int, of: int) -> Iterator[None]:
+def _resumable(work: Path, journal: Journal, files: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -274,8 +315,8 @@ def _resumable(work: Path, done: int, of: int) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"the disk is full after {done} of {of} files of weights; make room and run the same command again, which "
-            "goes on where this one stopped",
+            f"the disk is full after {len(journal.finished)} of {files} files of weights; make room and run the same "
+            "command again, which goes on where this one stopped",
             str(work),
         ) from None
 

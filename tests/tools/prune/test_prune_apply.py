@@ -362,25 +362,23 @@ def test_finished_file_that_was_spoilt_is_made_again(model, tmp_path, monkeypatc
 # --- killed
 
 KILLED = """
-import os, signal, sys
+import itertools, os, signal, sys
 from gatewright.tools.prune.apply import apply
 from gatewright.tools.prune.plan import Plan
 plan, model, out, at = sys.argv[1:]
-calls = 0
+calls = itertools.count(1)
 def counted(function):
     def call(*args, **options):
-        global calls
-        calls += 1
-        if calls == int(at):
+        if next(calls) == int(at):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **options)
     return call
 for name in ("write", "sendfile", "fsync", "replace", "pread", "open", "mkdir", "unlink", "rmdir"):
     setattr(os, name, counted(getattr(os, name)))
 plan = Plan.load(plan)
-calls = 0
+calls = itertools.count(1)
 apply(plan, model, out)
-print(calls)
+print(next(calls) - 1)
 """
 
 
