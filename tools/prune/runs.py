@@ -25,6 +25,7 @@ kind of model's to say: a class like ``Subject``, in ``KINDS`` or of the entry-p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -605,18 +606,15 @@ class _Listener:
         self.max_norm = np.maximum(self.max_norm, most_E.cpu().numpy())
 
 
-class _listening:
+@contextlib.contextmanager
+def _listening(opened: Opened, subject: Subject) -> Iterator[list[_Listener]]:
     """Hooks on every MoE layer for as long as the context lasts."""
-
-    def __init__(self, opened: Opened, subject: Subject) -> None:
-        self.listeners = [_Listener(layer, subject.branch(layer)) for layer in opened.layers]
-
-    def __enter__(self) -> list[_Listener]:
-        self.handles = [handle for listener in self.listeners for handle in listener.hooks()]
-        return self.listeners
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    listeners = [_Listener(layer, subject.branch(layer)) for layer in opened.layers]
+    handles = [handle for listener in listeners for handle in listener.hooks()]
+    try:
+        yield listeners
+    finally:
+        for handle in handles:
             handle.remove()
 
 
