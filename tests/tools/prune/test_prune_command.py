@@ -1,7 +1,11 @@
 """`gatewright prune STEP`: what a user sees, and which steps need no torch."""
 
+import argparse
+import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from made_up_statistics import made_up_statistics
@@ -39,6 +43,17 @@ def test_every_step_explains_itself(step, capsys):
         main(["prune", step, "--help"])
     assert left.value.code == 0
     assert f"usage: gatewright prune {step}" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_readme_are_parsed():
+    text = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    lines = re.findall(r"^(?:Before any file is written, `)?gatewright prune ([^#`\n]+)", text, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        step, *arguments = line.split()
+        parser = argparse.ArgumentParser()
+        importlib.import_module(STEPS[step][0], "gatewright.tools.prune").add_arguments(parser)
+        parser.parse_args(arguments)
 
 
 def test_public_names():
