@@ -154,6 +154,9 @@ def next_token_losses(model: nn.Module, demo: Demo, output: Any) -> Tensor:
 
     Args:
         output: what the model without its head gave for the demonstration.
+
+    Raises:
+        ValueError: the model does not predict tokens.
     """
     first = max(demo.answer_start, 1)
     device = output[0].device
@@ -168,6 +171,11 @@ def next_token_losses(model: nn.Module, demo: Demo, output: Any) -> Tensor:
         for start in range(0, len(places), step):
             chosen = places[start : start + step]
             logits = model(ids, use_cache=False, **({"logits_to_keep": chosen} if some else {})).logits
+            if logits.shape[-1] < vocabulary:
+                raise ValueError(
+                    f"{type(model).__name__} scores {logits.shape[-1]} labels, not the next of {vocabulary} tokens: it "
+                    "has no such loss; measure it by a metric of your own"
+                )
             logits = logits[0] if some else logits[0, chosen]
             wide = logits if logits.dtype == torch.float64 else logits.float()
             losses.append(torch.nn.functional.cross_entropy(wide, targets[start : start + step], reduction="none"))

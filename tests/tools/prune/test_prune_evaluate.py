@@ -68,6 +68,13 @@ def test_losses_are_those_of_the_models_own_logits(family, collected, monkeypatc
     assert "forward" not in vars(backbone(model)) and backbone(model) is not model
 
 
+def test_a_model_that_labels_tokens_has_no_such_loss():
+    model = load_model(tiny("openai_privacy_filter"))
+    with pytest.raises(ValueError, match="scores .* labels, not the next of 64 tokens"):
+        evaluate(model, made_data(1), [])
+    assert evaluate(model, [], [], metric=lambda given: {"layers": 4})["full"]["metric"] == {"layers": 4.0}
+
+
 def test_every_case_is_the_masked_models_loss(collected):
     model, _, statistics = collected("qwen3_moe")
     data = made_data()
