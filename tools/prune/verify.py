@@ -1,7 +1,8 @@
 """Proves a pruned checkpoint: its bytes are the source's, it loads, it computes what the masked model does.
 
     V0  every output tensor equals its slice of the source byte for byte; names, types, shapes and index are exact;
-        config.json differs from the source's in its counts alone; every other file is carried
+        config.json differs from the source's in its counts alone; every other file is carried; experts are numbered
+        from 0 and are as many as router rows and as config.json says, by which engines build their models
     V1  transformers loads it with no missing, unexpected or mismatched key
     V2  its logits equal those of the full model held to the kept experts, bit for bit on the CPU
     V3  the plan in the folder is the one given, and replaying it gives the same headers, texts and files
@@ -119,6 +120,7 @@ def check_bytes(plan: "Plan", model: Path, pruned: Path) -> Check:
                 problems.append(f"{name} differs from {entry.name}{part}")
             compared += found.nbytes
     problems += _compare_config(source, output, layout, plan)
+    problems += _check_counts(output, plan)
     problems += _compare_others(source, output)
     summary = f"{len(expected)} tensors, {readable_size(compared)}, compared byte for byte with the source"
     return Check("V0", not problems, summary, tuple(problems))
@@ -228,6 +230,19 @@ def _compare_config(source: Checkpoint, output: Checkpoint, layout: Layout, plan
     }
     problems += _compare_values(source.config, output.config, "", changed)
     return problems
+
+
+def _check_counts(output: Checkpoint, plan: "Plan") -> list[str]:
+    """What every engine builds its model by: one count in config.json, that many experts from 0 on and router rows."""
+    if plan.policy == "keep-rows":
+        return []
+    try:
+        layout = Layout.of(output)
+    except ValueError as error:
+        return [str(error)]
+    said = (layout.num_experts, layout.top_k, layout.num_groups, layout.topk_group)
+    wanted = (plan.count, plan.top_k, plan.num_groups, plan.topk_group)
+    return [] if said == wanted else [f"experts, top-k, groups and chosen groups are {said} and not {wanted}"]
 
 
 def _compare_values(before: dict, after: dict, place: str, changed: set[str]) -> Iterator[str]:
