@@ -171,6 +171,7 @@ class _Search:
                     f"has more than one router weight at {block} with an axis of {self.num_experts} "
                     f"({', '.join(matrices)}): which of them counts the experts cannot be seen"
                 )
+            self._check_scales(matrices[0], below[block])
             per_expert = tuple(tuple(single[block][expert]) for expert in sorted(single[block]))
             whole = tuple(name for name in fused[block] if not _is_scalar(self.checkpoint.tensors[name]))
             layers.append(MoeLayer(index, block, per_expert, whole, tuple(router), mtp))
@@ -263,6 +264,22 @@ class _Search:
                     "experts, or whether one does, cannot be seen"
                 )
             yield name
+
+    def _check_scales(self, matrix: str, names: list[str]) -> None:
+        """A router whose rows share scales cannot lose some of them."""
+        module = matrix.rpartition(".")[0]
+        for name in names:
+            entry = self.checkpoint.tensors[name]
+            shared = not _is_scalar(entry) and not {self.rows, self.num_experts}.intersection(entry.shape)
+            if (
+                name.startswith(f"{module}.")
+                and re.search("weight_scale|weight_zero|scales|zeros", name[len(module) :])
+                and shared
+            ):
+                raise self._refusal(
+                    f"has a quantised router, {matrix}, several rows of which share a scale ({name} of shape "
+                    f"{list(entry.shape)}): its rows cannot be cut apart; take a checkpoint with plain routers"
+                )
 
     def _beside(self, blocks: Iterable[str]) -> dict[str, list[str]]:
         """For each decoder layer: one number an expert, in a router module that is in no block. A router's bias."""

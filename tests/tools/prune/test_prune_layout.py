@@ -184,6 +184,8 @@ def test_unknown_family_is_found_by_shapes(tmp_path):
         ({"model__layers__0__mlp__experts__1__bias__weight": (3, 6)}, "only one of experts 0 and 1"),
         ({"model__layers__0__mlp__experts__scales": (3, 4)}, "axis 0 of model.layers.0.mlp.experts.scales has 3"),
         ({f"other__layers__0__mlp__experts__{e}__up__w": (1, 1) for e in range(4)}, "no router weight of 4 rows"),
+        ({"model__layers__0__mlp__gate__weight_scale_inv": (1, 2)}, "quantised router, .*several rows of which share"),
+        ({"model__layers__0__mlp__gate__weight_scale": (1,)}, None),
         ({"model__layers__0__mlp__gate__scale": (6,)}, None),
         ({"model__layers__0__self_attn__gate__bias": (4,)}, None),
         ({"model__layers__0__input_layernorm__weight": (4,)}, None),
