@@ -248,7 +248,11 @@ def _move(model: nn.Module, device: torch.device) -> None:
 def backbone(model: nn.Module) -> nn.Module:
     """The model without its head: no logits of a long sequence over a whole vocabulary are made."""
     base = model.base_model
-    return getattr(model, "model", model) if base is model else base
+    if base is not model:
+        return base
+    # Llama 4's classes name a base that they do not have
+    inner = getattr(model, "model", None) or getattr(model, "language_model", None)
+    return model if inner is None else backbone(inner)
 
 
 def _stack_of(model: nn.Module, kind: str) -> str:

@@ -56,7 +56,7 @@ def plain_loss(model, demo):
     return [-chances[t - 1, demo.input_ids[t]].item() for t in range(first, len(demo))]
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "minimax"))
+@pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "llama4", "minimax"))
 def test_losses_are_those_of_the_models_own_logits(family, collected, monkeypatch):
     model, _, _ = collected(family)
     monkeypatch.setattr(evaluate_module, "_LOGITS_AT_ONCE", 64 * 5)  # five places at a time
