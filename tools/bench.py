@@ -387,7 +387,7 @@ def report(results: dict[str, Any]) -> str:
     others = [name for name in names if name not in (OURS.name, YARDSTICK.name)]
     lines = [_describe(results), ""]
     for way, title in (("step", "Forward plus backward"), ("forward", "Forward (as in training)")):
-        lines += [f"{title}: ms of the layer, its fraction of the roofline, and its time over theirs:", ""]
+        lines += [f"{title}: ms of the layer, its fraction of the roofline, its time over theirs:", ""]
         lines += [*_layer_table(cells, others, way), ""]
     lines += _verdicts(cells, others)
     lines += ["", "Memory of one forward plus backward, peak MiB (kept for backward):", ""]
@@ -408,13 +408,18 @@ def _describe(results: dict[str, Any]) -> str:
     where = machine["gpu"] or cpu
     load = "" if machine["load_average"] is None else f", load average before {machine['load_average']:.1f}"
     rates = "; ".join(
-        f"{dtype} {rate['flops'] / 1e9:.0f} GFLOP/s and {rate['bytes'] / 1e9:.1f} GB/s"
+        f"{dtype} {rate['flops'] / 1e9:.0f} GFLOP/s{_of_mm(rate)} and {rate['bytes'] / 1e9:.1f} GB/s"
         for dtype, rate in results["rates"].items()
     )
     return (
         f"{where}, torch {machine['torch']}{load}; measured at most: {rates}. Medians; in brackets the 95 % interval "
         f"of the paired ratio's median. {results['seconds'] / 60:.1f} minutes in all."
     )
+
+
+def _of_mm(rate: dict[str, float | None]) -> str:
+    """The dense layer and most peers multiply by ``torch.mm``, which need not be the fastest product at hand."""
+    return "" if rate["mm"] is None else f" by oneDNN ({rate['mm'] / 1e9:.0f} by torch.mm)"
 
 
 def _layer_table(cells: list[dict], others: list[str], way: str) -> list[str]:
