@@ -20,13 +20,14 @@ matrix product and a large copy, measured in the same run.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -162,23 +163,38 @@ class Cell:
 
     def _enter(self, kind: type[Contestant]) -> None:
         reason = kind.why_not(self.shape, self.dtype, self.device)
-        if reason is None and kind is not YARDSTICK:
-            try:
+        if reason is not None:
+            self.skipped[kind.name] = reason
+            return
+        with self._or_skip(kind.name):
+            if kind is not YARDSTICK:
                 self.errors[kind.name] = check(kind, self.shape, self.dtype, self.device)
-            except Exception as error:
-                if kind is OURS:
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-        if reason is None:
             self.contestants[kind.name] = kind(self.shape, self.weights)
-        else:
-            self.skipped[kind.name] = " ".join(reason.split())
+
+    @contextlib.contextmanager
+    def _or_skip(self, name: str) -> Iterator[None]:
+        """A peer that fails, whatever its reason, does not run; we do not get off so lightly."""
+        try:
+            yield
+        except Exception as error:
+            if name in (OURS.name, YARDSTICK.name):
+                raise
+            self.skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())
+            self.contestants.pop(name, None)
 
     def draw(self) -> Tensor:
         return draw_tokens(self.shape, self.weights, self.generator)
 
     def step(self, contestant: Contestant, x_TD: Tensor) -> tuple[float, float]:
         return forward_and_backward(contestant.layer, [x_TD], self.grad_TD, contestant.clear)
+
+    def memories(self) -> dict[str, dict[str, int]]:
+        """Of every contestant; who cannot run a whole step leaves."""
+        found = {}
+        for name, contestant in list(self.contestants.items()):
+            with self._or_skip(name):
+                found[name] = self.memory(contestant)
+        return found
 
     def memory(self, contestant: Contestant) -> dict[str, int]:
         """Bytes: the most at once, what is kept for backward, the most that storages alone took, and ``scratch``.
@@ -200,7 +216,7 @@ class Cell:
         }
 
     def layer(self, *, seconds: float, rounds: int) -> dict[str, Any]:
-        """The layer's races: counts that change, counts that do not, and ours on both in turn. After ``memory``."""
+        """The layer's races: counts that change, counts that do not, and ours on both in turn. After ``memories``."""
         runs = {
             name: lambda x_TD, contestant=contestant: self.step(contestant, x_TD)
             for name, contestant in self.contestants.items()
@@ -290,7 +306,9 @@ class Cell:
 
             return timed
 
-        there = [name for name in IMPLEMENTATIONS if name != "torch_scatter" or "torch-scatter" in kinds]
+        away = {"torch_scatter"} - {name.replace("-", "_") for name in kinds}
+        away |= {"sorted"} if self.device.type != "cpu" else set()
+        there = [name for name in IMPLEMENTATIONS if name not in away]
         races = {
             "dispatch": {name: dispatch(name) for name in kinds if name != "torch-scatter"},
             "combine": {name: combine(name) for name in kinds},
@@ -303,7 +321,7 @@ class Cell:
 def measure_cell(row: str, cell: Cell, dtype: str, rates: Rates, *, seconds: float, rounds: int) -> dict[str, Any]:
     """Everything of one row and dtype, as JSON can hold it."""
     itemsize, times = cell.dtype.itemsize, [time.perf_counter()]
-    memory = {name: cell.memory(contestant) for name, contestant in cell.contestants.items()}
+    memory = cell.memories()
     times.append(time.perf_counter())
     layer = cell.layer(seconds=seconds, rounds=rounds)
     times.append(time.perf_counter())

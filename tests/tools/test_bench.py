@@ -121,6 +121,29 @@ def test_who_computes_something_else_does_not_run(monkeypatch):
     assert cell.skipped["SonicMoE"] in ("sonicmoe is not installed", "needs a GPU")
 
 
+def test_who_fails_only_at_full_size_leaves_then(monkeypatch):
+    class TooLarge(LoopUnbound):
+        name = "too large"
+
+        def layer(self, x_TD):
+            if len(x_TD) > 256:  # more than the check has
+                raise torch.OutOfMemoryError("tried to allocate 48 GiB")
+            return super().layer(x_TD)
+
+    monkeypatch.setitem(CONTESTANTS, TooLarge.name, TooLarge)
+    large = Shape(tokens=300, dim=16, hidden=24, experts=4, top_k=2)
+    cell = bench.Cell(large, torch.float32, CPU, ["too large"])
+    assert "too large" in cell.contestants
+    assert set(cell.memories()) == set(cell.contestants) == {"gatewright", "dense"}
+    assert cell.skipped == {"too large": "OutOfMemoryError: tried to allocate 48 GiB"}
+
+
+def test_we_do_not_get_off_so_lightly(monkeypatch):
+    monkeypatch.setattr(bench, "check", lambda *_: (_ for _ in ()).throw(ValueError("computes other values")))
+    with pytest.raises(ValueError, match="computes other values"):
+        bench.Cell(SHAPE, torch.float32, CPU, [])
+
+
 def test_memory_of_known_tensors():
     """The dense layer at float32: what backward needs, and the gradients that it leaves."""
     cell = bench.Cell(SHAPE, torch.float32, CPU, [])
