@@ -49,6 +49,11 @@ ROUTERS = {
     "promoe": {"top_k": 1},
     "moe_plus_plus": {"top_k": 2},
 }
+OURS, YARDSTICK = "gatewright", "dense"
+COARSE_EXPERTS, COARSE_SHARE = 16, 0.8
+# what linkedin/Liger-Kernel#1294 reports of its Triton kernels at this shape on an H100, as published there
+PUBLISHED = {"forward": 501e12, "both": 413e12}
+PUBLISHED_SHAPE = {"tokens": 32768, "dim": 2048, "hidden": 768, "experts": 128, "top_k": 8}
 Check = Callable[[torch.device], str]
 
 
@@ -354,6 +359,31 @@ def rates_table(results: dict[str, Any]) -> list[str]:
     return markdown(head, rows)
 
 
+def goals_table(results: dict[str, Any]) -> list[str]:
+    """What was aimed at, and what was found: against the product's rate, published figures and every peer."""
+    rows = []
+    for cell in results["cells"]:
+        entrants, memory = cell["layer"]["changing"]["entrants"], cell["memory"]
+        peers = [name for name in entrants if name not in (OURS, YARDSTICK)]
+        costs, own = cell["costs"]["layer"], entrants[OURS]
+        forward = costs["forward"]["flops"] / own["forward"]["median"] * 1e3
+        both = (costs["forward"]["flops"] + costs["backward"]["flops"]) / own["step"]["median"] * 1e3
+        share = both / results["rates"][cell["dtype"]]["flops"]
+        found = []
+        if cell["shape"]["experts"] <= COARSE_EXPERTS:
+            found.append((f"both at {COARSE_SHARE} of the product's rate", f"{share:.2f}", share >= COARSE_SHARE))
+        if cell["shape"] == PUBLISHED_SHAPE:
+            fast = forward >= PUBLISHED["forward"] and both >= PUBLISHED["both"]
+            aim = " and ".join(f"{way} at {rate / 1e12:.0f}" for way, rate in PUBLISHED.items())
+            found.append((f"{aim} TFLOP/s", f"{forward / 1e12:.0f} and {both / 1e12:.0f}", fast))
+        slower = [name for name in peers if cell["layer"]["changing"]["ratios"][name]["step"]["low"] > 1]
+        found.append(("no slower than any peer", f"slower than {', '.join(slower) or 'none'}", not slower))
+        less = [name for name in peers if memory[name]["peak"] < memory[OURS]["peak"]]
+        found.append(("no more memory than any peer", f"more than {', '.join(less) or 'none'}", not less))
+        rows += [[cell["row"], cell["dtype"], aim, value, "met" if met else "missed"] for aim, value, met in found]
+    return markdown(["row", "dtype", "goal", "found", ""], rows)
+
+
 def report(results: dict[str, Any]) -> str:
     """Everything as markdown."""
     machine = results["machine"]
@@ -368,7 +398,8 @@ def report(results: dict[str, Any]) -> str:
         from .bench import report as bench_report
 
         lines += ["", "Counted operations over the time, counts changing every step:", ""]
-        lines += [*rates_table(results["times"]), "", bench_report(results["times"])]
+        lines += [*rates_table(results["times"]), "", *goals_table(results["times"]), ""]
+        lines.append(bench_report(results["times"]))
     return "\n".join(lines)
 
 
