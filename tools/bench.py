@@ -16,6 +16,7 @@ matrix product and a large copy, measured in the same run.
     gatewright bench                                    the rows of the README; a quarter of an hour on two cores
     gatewright bench --rows coarse --dtypes bf16 --peers "transformers grouped_mm" --minutes 1
     gatewright bench --row 4096,1024,512,32,4 --out here/bench.json                      also writes here/bench.md
+    gatewright bench --rows --flagship S                only the flagship's training step (recipes/bench_flagship.py)
     gatewright bench --device cuda
 """
 
@@ -25,7 +26,9 @@ import dataclasses
 import difflib
 import gc
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -379,7 +382,7 @@ def measure(
         for row, shape in rows.items()
         for dtype in dtypes
     }
-    for dtype in dtypes:
+    for dtype in dtypes if rows else ():
         rates = measure_rates(DTYPES[dtype], device)
         results["rates"][dtype] = rates._asdict()
         for row, shape in rows.items():
@@ -545,7 +548,7 @@ def _shape(text: str) -> Shape:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: those of the device)")
+    parser.add_argument("--rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: those of the device)")
     parser.add_argument("--row", action="append", default=[], metavar="T,D,H,E,K", help="a row of your own; repeatable")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="fp32, bf16 (default: both; on a GPU bf16)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="default: all; a wrong name lists them")
@@ -553,6 +556,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=40, help="of a race, at most (default: 40; at least 6)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--flagship", metavar="SIZE", help="also its training step, end to end: tiny, S, B, L or XL")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="every number, and the tables in FILE.md beside it"
     )
@@ -563,6 +567,8 @@ def run(args: argparse.Namespace) -> int:
         given = f"--rounds {args.rounds} --threads {args.threads} --minutes {args.minutes:g}"
         raise ValueError(f"{given}: choose at least {LEAST} rounds, one thread, and more than 0 minutes")
     device = _device(args.device)
+    if args.flagship is None and args.rows == [] and not args.row:
+        raise ValueError("--rows without a name: there is nothing to time; name rows, or give --row or --flagship")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out {args.out}: name a file that ends in .json; the tables go beside it")
     own = {f"own {i}" if len(args.row) > 1 else "own": _shape(text) for i, text in enumerate(args.row, 1)}
@@ -576,13 +582,33 @@ def run(args: argparse.Namespace) -> int:
         rows, dtypes, names, device, minutes=args.minutes, rounds=args.rounds,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
-    tables = report(results)
+    tables = report(results) if rows else ""
+    if args.flagship is not None:
+        results["flagship"], printed = time_flagship(args.flagship, args.threads)
+        tables = "\n\n".join(part for part in (tables, printed) if part)
     print(tables)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps(results, indent=1) + "\n")
         write_text(args.out.with_suffix(".md"), tables + "\n")
     return 0
+
+
+def time_flagship(size: str, threads: int) -> tuple[dict[str, Any], str]:
+    """Runs ``recipes/bench_flagship.py`` as a program: what it found and what it printed.
+
+    Raises:
+        ValueError: it failed; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "flagship.json"
+        options = ["--size", size, "--threads", str(threads), "--out", str(out)]
+        command = [sys.executable, "-m", "gatewright.recipes.bench_flagship", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "rror" in line] or ["it said nothing"]
+            raise ValueError(f"--flagship {size} ended with status {done.returncode}: {said[-1]}")
+        return json.loads(out.read_text()), done.stdout.strip()
 
 
 def _device(name: str) -> torch.device:

@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,9 +211,28 @@ def test_command(tmp_path, capsys, monkeypatch, parse):
     assert sorted(path.name for path in out.parent.iterdir()) == ["bench.json", "bench.md"]
 
 
+def test_the_flagship_is_started_as_a_program(tmp_path, capsys, monkeypatch, parse):
+    def program(command, **_):
+        assert command[1:3] == ["-m", "gatewright.recipes.bench_flagship"]
+        assert command[3:7] == ["--size", "tiny", "--threads", "1"]
+        Path(command[-1]).write_text('{"found": []}')
+        return subprocess.CompletedProcess(command, 0, stdout="| model | EP |\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", program)
+    out = tmp_path / "bench.json"
+    assert bench.run(parse(["--rows", "--flagship", "tiny", "--threads", "1", "--out", str(out)])) == 0
+    assert capsys.readouterr().out == "| model | EP |\n" == out.with_suffix(".md").read_text()
+    assert json.loads(out.read_text())["flagship"] == {"found": []}
+    failed = subprocess.CompletedProcess([], 2, stdout="", stderr="bench_flagship: error: unknown size\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match="--flagship huge ended with status 2: bench_flagship: error: unknown size"):
+        bench.run(parse(["--rows", "--flagship", "huge"]))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--rows"], "--rows without a name: there is nothing to time"),
         (["--rounds", "5"], "--rounds 5 --threads 2 --minutes 10: choose at least 6 rounds"),
         (["--threads", "0"], "one thread"),
         (["--minutes", "0"], "more than 0 minutes"),
