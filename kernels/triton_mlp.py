@@ -320,7 +320,9 @@ def _weight_grad(
         kernels.weight_grad[(num_experts * triton.cdiv(depth, config.m) * triton.cdiv(width, config.n),)](
             g, x, g if token_N is None else token_N, dw, rows.ends(),
             M=depth, N=width, GATHER_G=g_token_N is not None, GATHER_X=x_token_N is not None,
-            PRECISION=precision, UPCAST=interpreted(), GROUP=config.group, **config.options,
+            PRECISION=precision, UPCAST=interpreted(), GROUP=config.group,
+            # where rows are gathered, every other stage holds which ones the next gathers
+            **config.options | {"num_stages": config.stages if token_N is None else 2 * config.stages - 1},
         )  # fmt: skip
 
     sizes = (depth, width, num_experts, int(g_token_N is not None), int(x_token_N is not None))

@@ -75,12 +75,11 @@ _HALF = {
         Config(128, 128, 64, 4, 3, programs=2),
         Config(64, 128, 64, 4, 3, programs=2),
     ),
-    # half of the stages hold which rows the next ones gather
     "weight_grad": (
-        Config(128, 256, 64, 8, 5),
-        Config(256, 128, 64, 8, 5),
-        Config(128, 128, 64, 4, 5),
-        Config(128, 64, 64, 4, 5),
+        Config(128, 256, 64, 8, 3),
+        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 64, 4, 3),
+        Config(128, 64, 64, 4, 3),
     ),
 }
 _TF32 = (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3, programs=2), Config(64, 64, 32, 4, 3, programs=2))

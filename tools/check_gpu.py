@@ -10,7 +10,7 @@ peak memory; above its tables stands what share of the rate of a large matrix pr
 row reaches.
 
     gatewright check-gpu --out here/gpu.json            also writes here/gpu.md
-    gatewright check-gpu --checks-only
+    gatewright check-gpu --checks-only                  or --times-only
     gatewright check-gpu --interpret                    the checks of values, in Triton's interpreter, without a GPU
 
 The exit status is 0 where every check passed, 1 where one did not, 2 where there is no GPU.
@@ -73,11 +73,13 @@ def cases(interpreted: bool) -> Iterator[ExpertCase]:
         for i, activation in enumerate(ACTIVATIONS):
             yield ExpertCase([17, 0, 5], 8, 19, 20, activation, bias=i % 2 == 0, variant=VARIANTS[i % 3], nobody=i)
         return
-    for activation, variant in itertools.product(ACTIVATIONS, VARIANTS):
-        yield ExpertCase([300, 0, 70, 537, 64], 256, 96, 160, activation, variant=variant)
-    sizes = [(8, 16), (40, 104), (520, 264), (1024, 512)]
-    for (dim, hidden), (bias, weighted) in itertools.product(sizes, itertools.product((False, True), repeat=2)):
-        yield ExpertCase([130, 1, 0, 255, 128], 200, dim, hidden, "swiglu", bias, weighted, nobody=77)
+    for i, activation in enumerate(ACTIVATIONS):
+        for variant in VARIANTS if activation == "swiglu" else VARIANTS[i % 3 :][:1]:
+            yield ExpertCase([300, 0, 70, 537, 64], 256, 96, 160, activation, variant=variant)
+    for bias, weighted in itertools.product((False, True), repeat=2):
+        yield ExpertCase([130, 1, 0, 255, 128], 200, 40, 104, "swiglu", bias, weighted, nobody=77)
+    for dim, hidden in ((8, 16), (520, 264), (1024, 512)):
+        yield ExpertCase([130, 1, 0, 255, 128], 200, dim, hidden, "swiglu", nobody=77)
     for counts in ([1], [0, 128], [2000], [0, 0, 0], [3] * 130):
         yield ExpertCase(counts, 17, 64, 96, "geglu", nobody=5)
 
@@ -153,7 +155,8 @@ def check_candidates(dtype: torch.dtype, device: torch.device) -> str:
     found = []
     for number in range(5):
         with poisoned(), only_candidate(number):
-            chosen = (ExpertCase([300, 0, 70, 537, 64], 256, 128, 320, name) for name in ("swiglu", "gelu"))
+            activations = ("swiglu", "gelu") if dtype == torch.bfloat16 else ("swiglu",)
+            chosen = (ExpertCase([300, 0, 70, 537, 64], 256, 128, 320, name) for name in activations)
             found.append(compare("triton", dtype, chosen, device))
     return f"tile sizes by number: {'; '.join(found)}"
 
@@ -415,8 +418,10 @@ def measure_times(device: torch.device, minutes: float, say: Callable[[str], Non
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything into this JSON file, and .md beside")
     parser.add_argument("--minutes", type=float, default=10, help="for the timed races (default: 10)")
-    parser.add_argument("--checks-only", action="store_true", help="time nothing")
-    parser.add_argument(
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--checks-only", action="store_true", help="time nothing")
+    only.add_argument("--times-only", action="store_true", help="check nothing")
+    only.add_argument(
         "--interpret", action="store_true", help="check values on the CPU, in Triton's interpreter; time nothing"
     )
 
@@ -442,17 +447,21 @@ def run(args: argparse.Namespace) -> int:
             say("gatewright check-gpu: no GPU is here; --interpret checks values in Triton's interpreter")
             return 2
         device = torch.device("cuda", torch.cuda.current_device())
-        checks = checks_of_values(DTYPES, False) | checks_of_a_gpu()
+        checks = {} if args.times_only else checks_of_values(DTYPES, False) | checks_of_a_gpu()
     outcomes = run_checks(checks, device, say)
-    results: dict[str, Any] = {
-        "machine": describe(device),
-        "checks": [dataclasses.asdict(outcome) for outcome in outcomes],
-        "times": None if args.interpret or args.checks_only else measure_times(device, args.minutes, say),
-    }
-    tables = report(results)
-    print(tables)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.out, json.dumps(results, indent=1) + "\n")
-        write_text(args.out.with_suffix(".md"), tables + "\n")
+    results = {
+        "machine": describe(device), "checks": [dataclasses.asdict(outcome) for outcome in outcomes], "times": None,
+    }  # fmt: skip
+    _write(results, args.out)  # what was found so far, should timing break off
+    if not args.interpret and not args.checks_only:
+        results["times"] = measure_times(device, args.minutes, say)
+        _write(results, args.out)
+    print(report(results))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def _write(results: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, json.dumps(results, indent=1) + "\n")
+        write_text(out.with_suffix(".md"), report(results) + "\n")
