@@ -8,8 +8,8 @@
 A contestant that cannot run says why (``why_not``); what one does that the others do not is in its ``differs``, which
 goes below every table. ``check`` compares each with a float64 reference before anything is timed.
 
-Of the peers that need a GPU, ScatterMoE (2025-10), moe-ops 0.1.0 and Liger-Kernel 0.8.5 were run in Triton's interpreter
-only, in float32, and agreed; SonicMoE and MegaBlocks were written from their public sources and have not been run.
+Of the peers that need a GPU, ScatterMoE (2025-10), moe-ops 0.1.0 and Liger-Kernel 0.8.5 were run in Triton's
+interpreter only, in float32, and agreed; SonicMoE and MegaBlocks were written from their public sources and not run.
 """
 
 import dataclasses
