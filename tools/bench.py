@@ -44,6 +44,7 @@ from ..moe.files import write_text
 from .bench_parts import MOVERS
 from .costs import cost
 from .measure import (
+    CONFIDENCE,
     LiveStorage,
     Rates,
     describe_machine,
@@ -524,15 +525,18 @@ def _notes(cells: list[dict], names: list[str]) -> list[str]:
         *notes,
         f"- Every contestant's output and gradients were compared with a float64 loop's first: at most {listed} of "
         "the tensor's norm apart.",
-        f"- A contestant leaves {leave} gatewright's time: its interval is then the extremes, and it runs neither with "
-        "fixed counts nor in parts.",
+        f"- A contestant leaves {leave} gatewright's time: its interval is then the extremes (*), and it runs neither "
+        "with fixed counts nor in parts.",
         "- Memory is what the allocator gave out, the scratch of operators included. What gatewright's native kernel "
         "keeps between calls is in its peak.",
     ]
 
 
 def _ratio(ratio: dict[str, float] | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    if ratio is None:
+        return ""
+    mark = "" if ratio["coverage"] >= CONFIDENCE else " *"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]{mark}"
 
 
 def _mib(memory: dict[str, int] | None) -> str:

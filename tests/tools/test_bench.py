@@ -89,6 +89,13 @@ def test_verdicts_follow_the_whole_interval():
     assert verdict({"low": 1.01, "high": 1.2}) == "slower"
 
 
+def test_an_interval_of_few_pairs_is_marked():
+    ratio = {"median": 0.5, "low": 0.25, "high": 0.75}
+    assert bench._ratio(ratio | {"coverage": 0.97}) == "0.50 [0.25, 0.75]"
+    assert bench._ratio(ratio | {"coverage": 0.75}) == "0.50 [0.25, 0.75] *"
+    assert bench._ratio(None) == ""
+
+
 def test_counts_change_and_stay_and_follow_from_the_seed():
     cell, again = (bench.Cell(SHAPE, torch.float32, CPU, []) for _ in range(2))
     assert torch.equal(cell.fixed_TD, again.fixed_TD)
