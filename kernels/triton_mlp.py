@@ -28,6 +28,7 @@ from .activation import GATED
 from .triton_tuning import Config, choose, interpreted
 
 _GATE = {"swiglu": "silu", "geglu": "gelu"}
+_SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # how kernels without products are started
 PIECE = 32  # numbers of a tile that a thread works off at a time in an epilogue with many operands
 _ALIGNMENT = 16  # bytes, of the rows that Hopper's tensor memory accelerator loads
 
@@ -150,10 +151,11 @@ class _Rows:
                 torch.empty(size, dtype=torch.int32, device=counts_E.device)
                 for size in (len(counts_E), self.most_tiles(m), self.most_tiles(m), 1)
             )
-            at_once = 64
+            experts = triton.next_power_of_2(len(counts_E))
+            at_once = max(2, min(64, 8192 // experts))  # each is compared with every expert, in registers
             kernels.tiles[(triton.cdiv(self.most_tiles(m), at_once),)](
                 counts_E, ends_E, expert, row, number, len(counts_E),
-                BM=m, BE=triton.next_power_of_2(len(counts_E)), BT=at_once,
+                BM=m, BE=experts, BT=at_once, **_SMALL,
             )  # fmt: skip
             self._tiles[m] = ends_E, expert, row, number
         return self._tiles[m]
@@ -337,7 +339,7 @@ def _row_products(rows: _Rows, dy: Tensor, bias_ED: Tensor, token_N: Tensor | No
     if rows.num:
         kernels.row_products[(rows.most_tiles(m),)](
             dy, dy if token_N is None else token_N, bias_ED, product_N, *rows.tiles(m),
-            N=dy.shape[1], GATHER=token_N is not None, BM=m, BN=n, num_warps=4,
+            N=dy.shape[1], GATHER=token_N is not None, BM=m, BN=n, **_SMALL,
         )  # fmt: skip
     return product_N
 
@@ -353,7 +355,7 @@ def _sum_tokens(rows_ND: Tensor, order_N: Tensor, starts_T1: Tensor) -> Tensor:
     together = min(8, triton.next_power_of_2(triton.cdiv(len(rows_ND), max(1, num_tokens))))
     if num_tokens:
         kernels.sum_tokens[(num_tokens, triton.cdiv(width, n))](
-            rows_ND, order_N, starts_T1, out_TD, N=width, BN=n, TOGETHER=together, num_warps=4
+            rows_ND, order_N, starts_T1, out_TD, N=width, BN=n, TOGETHER=together, **_SMALL
         )
     return out_TD
 
@@ -365,7 +367,7 @@ def _sum_experts(rows: _Rows, x: Tensor, token_N: Tensor | None = None, weight_N
     if rows.num:
         kernels.sum_experts[(len(out_EM), triton.cdiv(x.shape[1], n))](
             x, x if token_N is None else token_N, x if weight_N is None else weight_N, out_EM, rows.ends(),
-            N=x.shape[1], GATHER=token_N is not None, WEIGHTED=weight_N is not None, BR=r, BN=n, num_warps=4,
+            N=x.shape[1], GATHER=token_N is not None, WEIGHTED=weight_N is not None, BR=r, BN=n, **_SMALL,
         )  # fmt: skip
     return out_EM
 
