@@ -248,8 +248,7 @@ class Cell:
         }
 
     def _able(self, part: str) -> dict[str, Contestant]:
-        able = {name: one for name, one in self.contestants.items() if part in one.parts}
-        return {name: one for name, one in able.items() if name not in self.slow}
+        return {name: one for name, one in self.contestants.items() if part in one.parts}
 
     def _router(self, **limits: Any) -> dict[str, Any]:
         def run(contestant: Contestant) -> Run:
@@ -272,7 +271,7 @@ class Cell:
         def run(contestant: Contestant) -> Run:
             return lambda inputs: forward_and_backward(contestant.experts, inputs, self.grad_TD, contestant.clear)
 
-        runs = {name: run(contestant) for name, contestant in self._able("experts").items()}
+        runs = {name: run(one) for name, one in self._able("experts").items() if name not in self.slow}
         return race(runs, self._routed, first=OURS.name, warm=True, **limits)
 
     def _movers(self, **limits: Any) -> dict[str, Any]:
@@ -526,7 +525,7 @@ def _notes(cells: list[dict], names: list[str]) -> list[str]:
         f"- Every contestant's output and gradients were compared with a float64 loop's first: at most {listed} of "
         "the tensor's norm apart.",
         f"- A contestant leaves {leave} gatewright's time: its interval is then the extremes (*), and it runs neither "
-        "with fixed counts nor in parts.",
+        "with fixed counts nor its experts alone.",
         "- Memory is what the allocator gave out, the scratch of operators included. What gatewright's native kernel "
         "keeps between calls is in its peak.",
     ]
