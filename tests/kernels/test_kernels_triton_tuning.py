@@ -1,4 +1,4 @@
-"""The choice of tile sizes, with made-up times: once a kernel and magnitude of rows, kept on disk, untimed in capture."""
+"""The choice of tile sizes, with made-up times: once a kernel and magnitude of rows, and kept on disk."""
 
 import pytest
 import torch
