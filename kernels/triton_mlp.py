@@ -81,6 +81,7 @@ def expert_mlp_forward(
         keep_h = h_NH if keep else None
         _product(rows, x_TD, w_in, a_NH, transposed=True, token_N=token_N, bias=b_in, activation=activation, h=keep_h)
         _product(rows, a_NH, w_out, y, transposed=True, bias=b_out, weight_N=weight_N)
+        del a_NH
         if token_N is not None and (combine or keep):
             order_N, starts_T1 = rows.by_token(token_N, len(x_TD))
         if combine:
@@ -127,6 +128,7 @@ def expert_mlp_backward(
         if need_x:
             dx = (x_TD.new_zeros if token_N is None else x_TD.new_empty)(rows.num, x_TD.shape[1])
             _product(rows, dh_NH, w_in, dx, transposed=False)
+            del dh_NH
             if token_N is not None:
                 dx = _sum_tokens(dx, order_N, rows.starts(token_N, order_N, len(x_TD)))
     return dx, dw_in, dw_out, db_in, db_out, dweight_N
