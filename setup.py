@@ -41,7 +41,8 @@ def native_kernels() -> list[Extension]:
             sources=["kernels/csrc/expert_mlp.cpp"],
             depends=["kernels/csrc/activation.h", "kernels/csrc/tile.h"],
             extra_compile_args=[
-                "-std=c++17", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden", *(f"-m{name}" for name in instructions),
+                "-std=c++17", "-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-strict-aliasing",
+                *(f"-m{name}" for name in instructions),
                 # GCC's own headers leave operands undefined that no instruction reads
                 "-Wno-uninitialized", "-Wno-maybe-uninitialized",
             ],

@@ -7,9 +7,8 @@
                 float16 on CUDA of compute capability 8 or more; anywhere in Triton's interpreter (TRITON_INTERPRET=1)
 
 Chosen by itself: ``cpu`` on a CPU; on CUDA ``triton`` where it can, else ``torch`` where that can; ``reference`` for
-all else. The argument
-``backend=`` forces one, and so does the environment variable ``GATEWRIGHT_KERNELS`` where no argument is given; a
-forced backend that cannot do it is an error, never another backend.
+all else. The argument ``backend=`` forces one, and so does the environment variable ``GATEWRIGHT_KERNELS`` where no
+argument is given; a forced backend that cannot do it is an error, never another backend.
 """
 
 import difflib

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .backend import accumulation_dtype
+from .segment import segment_sum
 
 
 class SortedAssignments(NamedTuple):
@@ -78,8 +79,7 @@ def unpermute(rows_ND: Tensor, token_N: Tensor, num_tokens: int, weight_N: Tenso
     for name, tensor in (("token", token_N), ("weight", weight_N)):
         if tensor is not None and tensor.shape != rows_ND.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected ({len(rows_ND)},), one entry a row")
-    rows = rows_ND.to(accumulation_dtype(rows_ND.dtype))
-    if weight_N is not None:
-        rows = rows * weight_N[:, None]
-    out_TD = rows.new_zeros(num_tokens, *rows.shape[1:]).index_add(0, token_N, rows)
-    return out_TD.to(rows_ND.dtype)
+    if weight_N is None:
+        return segment_sum(rows_ND, token_N, num_tokens)
+    weighted_ND = rows_ND.to(accumulation_dtype(rows_ND.dtype)) * weight_N[:, None]
+    return segment_sum(weighted_ND, token_N, num_tokens).to(rows_ND.dtype)

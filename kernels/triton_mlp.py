@@ -28,6 +28,7 @@ from .activation import GATED
 from .triton_tuning import Config, choose, interpreted
 
 _GATE = {"swiglu": "silu", "geglu": "gelu"}
+_SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # how kernels without products are started
 PIECE = 32  # numbers of a tile that a thread works off at a time in an epilogue with many operands
 _ALIGNMENT = 16  # bytes, of the rows that Hopper's tensor memory accelerator loads
 
@@ -80,6 +81,7 @@ def expert_mlp_forward(
         keep_h = h_NH if keep else None
         _product(rows, x_TD, w_in, a_NH, transposed=True, token_N=token_N, bias=b_in, activation=activation, h=keep_h)
         _product(rows, a_NH, w_out, y, transposed=True, bias=b_out, weight_N=weight_N)
+        del a_NH
         if token_N is not None and (combine or keep):
             order_N, starts_T1 = rows.by_token(token_N, len(x_TD))
         if combine:
@@ -126,6 +128,7 @@ def expert_mlp_backward(
         if need_x:
             dx = (x_TD.new_zeros if token_N is None else x_TD.new_empty)(rows.num, x_TD.shape[1])
             _product(rows, dh_NH, w_in, dx, transposed=False)
+            del dh_NH
             if token_N is not None:
                 dx = _sum_tokens(dx, order_N, rows.starts(token_N, order_N, len(x_TD)))
     return dx, dw_in, dw_out, db_in, db_out, dweight_N
@@ -150,10 +153,11 @@ class _Rows:
                 torch.empty(size, dtype=torch.int32, device=counts_E.device)
                 for size in (len(counts_E), self.most_tiles(m), self.most_tiles(m), 1)
             )
-            at_once = 64
+            experts = triton.next_power_of_2(len(counts_E))
+            at_once = max(2, min(64, 8192 // experts))  # each is compared with every expert, in registers
             kernels.tiles[(triton.cdiv(self.most_tiles(m), at_once),)](
                 counts_E, ends_E, expert, row, number, len(counts_E),
-                BM=m, BE=triton.next_power_of_2(len(counts_E)), BT=at_once,
+                BM=m, BE=experts, BT=at_once, **_SMALL,
             )  # fmt: skip
             self._tiles[m] = ends_E, expert, row, number
         return self._tiles[m]
@@ -320,7 +324,9 @@ def _weight_grad(
         kernels.weight_grad[(num_experts * triton.cdiv(depth, config.m) * triton.cdiv(width, config.n),)](
             g, x, g if token_N is None else token_N, dw, rows.ends(),
             M=depth, N=width, GATHER_G=g_token_N is not None, GATHER_X=x_token_N is not None,
-            PRECISION=precision, UPCAST=interpreted(), GROUP=config.group, **config.options,
+            PRECISION=precision, UPCAST=interpreted(), GROUP=config.group,
+            # where rows are gathered, every other stage holds which ones the next gathers
+            **config.options | {"num_stages": config.stages if token_N is None else 2 * config.stages - 1},
         )  # fmt: skip
 
     sizes = (depth, width, num_experts, int(g_token_N is not None), int(x_token_N is not None))
@@ -335,7 +341,7 @@ def _row_products(rows: _Rows, dy: Tensor, bias_ED: Tensor, token_N: Tensor | No
     if rows.num:
         kernels.row_products[(rows.most_tiles(m),)](
             dy, dy if token_N is None else token_N, bias_ED, product_N, *rows.tiles(m),
-            N=dy.shape[1], GATHER=token_N is not None, BM=m, BN=n, num_warps=4,
+            N=dy.shape[1], GATHER=token_N is not None, BM=m, BN=n, **_SMALL,
         )  # fmt: skip
     return product_N
 
@@ -351,7 +357,7 @@ def _sum_tokens(rows_ND: Tensor, order_N: Tensor, starts_T1: Tensor) -> Tensor:
     together = min(8, triton.next_power_of_2(triton.cdiv(len(rows_ND), max(1, num_tokens))))
     if num_tokens:
         kernels.sum_tokens[(num_tokens, triton.cdiv(width, n))](
-            rows_ND, order_N, starts_T1, out_TD, N=width, BN=n, TOGETHER=together, num_warps=4
+            rows_ND, order_N, starts_T1, out_TD, N=width, BN=n, TOGETHER=together, **_SMALL
         )
     return out_TD
 
@@ -363,7 +369,7 @@ def _sum_experts(rows: _Rows, x: Tensor, token_N: Tensor | None = None, weight_N
     if rows.num:
         kernels.sum_experts[(len(out_EM), triton.cdiv(x.shape[1], n))](
             x, x if token_N is None else token_N, x if weight_N is None else weight_N, out_EM, rows.ends(),
-            N=x.shape[1], GATHER=token_N is not None, WEIGHTED=weight_N is not None, BR=r, BN=n, num_warps=4,
+            N=x.shape[1], GATHER=token_N is not None, WEIGHTED=weight_N is not None, BR=r, BN=n, **_SMALL,
         )  # fmt: skip
     return out_EM
 

@@ -49,11 +49,12 @@ class NoWaiting(TorchDispatchMode):
 
     Args:
         device: of the tensors that stand for those on a GPU; "meta" ones also have no data that could be read.
+        but: operations that only the path of a CPU runs.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, but: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.but = device, but
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -62,6 +63,7 @@ class NoWaiting(TorchDispatchMode):
         waits = name in _WAIT or name == "repeat_interleave" and kwargs.get("output_size") is None
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             waits = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        waits = waits and name not in self.but
         assert not (waits and any(tensor.device.type == self.device for tensor in given)), operation
         result = operation(*args, **kwargs)
         if name in ("_to_copy", "copy_", "index", "index_put", "index_put_"):

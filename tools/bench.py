@@ -16,17 +16,21 @@ matrix product and a large copy, measured in the same run.
     gatewright bench                                    the rows of the README; a quarter of an hour on two cores
     gatewright bench --rows coarse --dtypes bf16 --peers "transformers grouped_mm" --minutes 1
     gatewright bench --row 4096,1024,512,32,4 --out here/bench.json                      also writes here/bench.md
+    gatewright bench --rows --flagship S                only the flagship's training step (recipes/bench_flagship.py)
     gatewright bench --device cuda
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import gc
 import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,7 @@ from ..moe.files import write_text
 from .bench_parts import MOVERS
 from .costs import cost
 from .measure import (
+    CONFIDENCE,
     LiveStorage,
     Rates,
     describe_machine,
@@ -162,23 +167,38 @@ class Cell:
 
     def _enter(self, kind: type[Contestant]) -> None:
         reason = kind.why_not(self.shape, self.dtype, self.device)
-        if reason is None and kind is not YARDSTICK:
-            try:
+        if reason is not None:
+            self.skipped[kind.name] = reason
+            return
+        with self._or_skip(kind.name):
+            if kind is not YARDSTICK:
                 self.errors[kind.name] = check(kind, self.shape, self.dtype, self.device)
-            except Exception as error:
-                if kind is OURS:
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-        if reason is None:
             self.contestants[kind.name] = kind(self.shape, self.weights)
-        else:
-            self.skipped[kind.name] = " ".join(reason.split())
+
+    @contextlib.contextmanager
+    def _or_skip(self, name: str) -> Iterator[None]:
+        """A peer that fails, whatever its reason, does not run; we do not get off so lightly."""
+        try:
+            yield
+        except Exception as error:
+            if name in (OURS.name, YARDSTICK.name):
+                raise
+            self.skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())
+            self.contestants.pop(name, None)
 
     def draw(self) -> Tensor:
         return draw_tokens(self.shape, self.weights, self.generator)
 
     def step(self, contestant: Contestant, x_TD: Tensor) -> tuple[float, float]:
         return forward_and_backward(contestant.layer, [x_TD], self.grad_TD, contestant.clear)
+
+    def memories(self) -> dict[str, dict[str, int]]:
+        """Of every contestant; who cannot run a whole step leaves."""
+        found = {}
+        for name, contestant in list(self.contestants.items()):
+            with self._or_skip(name):
+                found[name] = self.memory(contestant)
+        return found
 
     def memory(self, contestant: Contestant) -> dict[str, int]:
         """Bytes: the most at once, what is kept for backward, the most that storages alone took, and ``scratch``.
@@ -200,7 +220,7 @@ class Cell:
         }
 
     def layer(self, *, seconds: float, rounds: int) -> dict[str, Any]:
-        """The layer's races: counts that change, counts that do not, and ours on both in turn. After ``memory``."""
+        """The layer's races: counts that change, counts that do not, and ours on both in turn. After ``memories``."""
         runs = {
             name: lambda x_TD, contestant=contestant: self.step(contestant, x_TD)
             for name, contestant in self.contestants.items()
@@ -228,8 +248,7 @@ class Cell:
         }
 
     def _able(self, part: str) -> dict[str, Contestant]:
-        able = {name: one for name, one in self.contestants.items() if part in one.parts}
-        return {name: one for name, one in able.items() if name not in self.slow}
+        return {name: one for name, one in self.contestants.items() if part in one.parts}
 
     def _router(self, **limits: Any) -> dict[str, Any]:
         def run(contestant: Contestant) -> Run:
@@ -252,7 +271,7 @@ class Cell:
         def run(contestant: Contestant) -> Run:
             return lambda inputs: forward_and_backward(contestant.experts, inputs, self.grad_TD, contestant.clear)
 
-        runs = {name: run(contestant) for name, contestant in self._able("experts").items()}
+        runs = {name: run(one) for name, one in self._able("experts").items() if name not in self.slow}
         return race(runs, self._routed, first=OURS.name, warm=True, **limits)
 
     def _movers(self, **limits: Any) -> dict[str, Any]:
@@ -290,7 +309,9 @@ class Cell:
 
             return timed
 
-        there = [name for name in IMPLEMENTATIONS if name != "torch_scatter" or "torch-scatter" in kinds]
+        away = {"torch_scatter"} - {name.replace("-", "_") for name in kinds}
+        away |= {"sorted"} if self.device.type != "cpu" else set()
+        there = [name for name in IMPLEMENTATIONS if name not in away]
         races = {
             "dispatch": {name: dispatch(name) for name in kinds if name != "torch-scatter"},
             "combine": {name: combine(name) for name in kinds},
@@ -303,7 +324,7 @@ class Cell:
 def measure_cell(row: str, cell: Cell, dtype: str, rates: Rates, *, seconds: float, rounds: int) -> dict[str, Any]:
     """Everything of one row and dtype, as JSON can hold it."""
     itemsize, times = cell.dtype.itemsize, [time.perf_counter()]
-    memory = {name: cell.memory(contestant) for name, contestant in cell.contestants.items()}
+    memory = cell.memories()
     times.append(time.perf_counter())
     layer = cell.layer(seconds=seconds, rounds=rounds)
     times.append(time.perf_counter())
@@ -361,7 +382,7 @@ def measure(
         for row, shape in rows.items()
         for dtype in dtypes
     }
-    for dtype in dtypes:
+    for dtype in dtypes if rows else ():
         rates = measure_rates(DTYPES[dtype], device)
         results["rates"][dtype] = rates._asdict()
         for row, shape in rows.items():
@@ -387,7 +408,7 @@ def report(results: dict[str, Any]) -> str:
     others = [name for name in names if name not in (OURS.name, YARDSTICK.name)]
     lines = [_describe(results), ""]
     for way, title in (("step", "Forward plus backward"), ("forward", "Forward (as in training)")):
-        lines += [f"{title}: ms of the layer, its fraction of the roofline, and its time over theirs:", ""]
+        lines += [f"{title}: ms of the layer, its fraction of the roofline, its time over theirs:", ""]
         lines += [*_layer_table(cells, others, way), ""]
     lines += _verdicts(cells, others)
     lines += ["", "Memory of one forward plus backward, peak MiB (kept for backward):", ""]
@@ -408,13 +429,18 @@ def _describe(results: dict[str, Any]) -> str:
     where = machine["gpu"] or cpu
     load = "" if machine["load_average"] is None else f", load average before {machine['load_average']:.1f}"
     rates = "; ".join(
-        f"{dtype} {rate['flops'] / 1e9:.0f} GFLOP/s and {rate['bytes'] / 1e9:.1f} GB/s"
+        f"{dtype} {rate['flops'] / 1e9:.0f} GFLOP/s{_of_mm(rate)} and {rate['bytes'] / 1e9:.1f} GB/s"
         for dtype, rate in results["rates"].items()
     )
     return (
         f"{where}, torch {machine['torch']}{load}; measured at most: {rates}. Medians; in brackets the 95 % interval "
         f"of the paired ratio's median. {results['seconds'] / 60:.1f} minutes in all."
     )
+
+
+def _of_mm(rate: dict[str, float | None]) -> str:
+    """The dense layer and most peers multiply by ``torch.mm``, which need not be the fastest product at hand."""
+    return "" if rate["mm"] is None else f" by oneDNN ({rate['mm'] / 1e9:.0f} by torch.mm)"
 
 
 def _layer_table(cells: list[dict], others: list[str], way: str) -> list[str]:
@@ -498,15 +524,18 @@ def _notes(cells: list[dict], names: list[str]) -> list[str]:
         *notes,
         f"- Every contestant's output and gradients were compared with a float64 loop's first: at most {listed} of "
         "the tensor's norm apart.",
-        f"- A contestant leaves {leave} gatewright's time: its interval is then the extremes, and it runs neither with "
-        "fixed counts nor in parts.",
+        f"- A contestant leaves {leave} gatewright's time: its interval is then the extremes (*), and it runs neither "
+        "with fixed counts nor its experts alone.",
         "- Memory is what the allocator gave out, the scratch of operators included. What gatewright's native kernel "
         "keeps between calls is in its peak.",
     ]
 
 
 def _ratio(ratio: dict[str, float] | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    if ratio is None:
+        return ""
+    mark = "" if ratio["coverage"] >= CONFIDENCE else " *"
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]{mark}"
 
 
 def _mib(memory: dict[str, int] | None) -> str:
@@ -522,7 +551,7 @@ def _shape(text: str) -> Shape:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"of {', '.join(ROWS)} (default: those of the device)")
+    parser.add_argument("--rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: those of the device)")
     parser.add_argument("--row", action="append", default=[], metavar="T,D,H,E,K", help="a row of your own; repeatable")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="fp32, bf16 (default: both; on a GPU bf16)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="default: all; a wrong name lists them")
@@ -530,6 +559,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=40, help="of a race, at most (default: 40; at least 6)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--flagship", metavar="SIZE", help="also its training step, end to end: tiny, S, B, L or XL")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="every number, and the tables in FILE.md beside it"
     )
@@ -540,6 +570,8 @@ def run(args: argparse.Namespace) -> int:
         given = f"--rounds {args.rounds} --threads {args.threads} --minutes {args.minutes:g}"
         raise ValueError(f"{given}: choose at least {LEAST} rounds, one thread, and more than 0 minutes")
     device = _device(args.device)
+    if args.flagship is None and args.rows == [] and not args.row:
+        raise ValueError("--rows without a name: there is nothing to time; name rows, or give --row or --flagship")
     if args.out is not None and args.out.suffix != ".json":
         raise ValueError(f"--out {args.out}: name a file that ends in .json; the tables go beside it")
     own = {f"own {i}" if len(args.row) > 1 else "own": _shape(text) for i, text in enumerate(args.row, 1)}
@@ -553,13 +585,33 @@ def run(args: argparse.Namespace) -> int:
         rows, dtypes, names, device, minutes=args.minutes, rounds=args.rounds,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
-    tables = report(results)
+    tables = report(results) if rows else ""
+    if args.flagship is not None:
+        results["flagship"], printed = time_flagship(args.flagship, args.threads)
+        tables = "\n\n".join(part for part in (tables, printed) if part)
     print(tables)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.out, json.dumps(results, indent=1) + "\n")
         write_text(args.out.with_suffix(".md"), tables + "\n")
     return 0
+
+
+def time_flagship(size: str, threads: int) -> tuple[dict[str, Any], str]:
+    """Runs ``recipes/bench_flagship.py`` as a program: what it found and what it printed.
+
+    Raises:
+        ValueError: it failed; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "flagship.json"
+        options = ["--size", size, "--threads", str(threads), "--out", str(out)]
+        command = [sys.executable, "-m", "gatewright.recipes.bench_flagship", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "rror" in line] or ["it said nothing"]
+            raise ValueError(f"--flagship {size} ended with status {done.returncode}: {said[-1]}")
+        return json.loads(out.read_text()), done.stdout.strip()
 
 
 def _device(name: str) -> torch.device:

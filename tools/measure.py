@@ -71,6 +71,7 @@ class Rates(NamedTuple):
 
     flops: float  # a second, of a large matrix product
     bytes: float  # a second, read and written, of a large copy
+    mm: float | None = None  # as ``flops``, of ``torch.mm``, where another product is faster
 
     def milliseconds(self, flops: float, bytes_: float) -> float:
         """The roofline: no less time can so many operations on so many bytes take."""
@@ -78,7 +79,7 @@ class Rates(NamedTuple):
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device, *, size: int | None = None) -> Rates:
-    """The rates of this machine, now: each the median of ten runs.
+    """The rates of this machine, now: each the best of ten runs.
 
     The product is the faster one of ``torch.mm`` and, on a CPU that has it, oneDNN's, which in float32 can take half
     the time.
@@ -92,17 +93,18 @@ def measure_rates(dtype: torch.dtype, device: torch.device, *, size: int | None 
     out = torch.empty_like(a)
     source = torch.ones(16 * size * size, device=device)
     target = torch.empty_like(source)
-    products = [_median_seconds(lambda: torch.mm(a, b, out=out), device)]
+    products = [_least_seconds(lambda: torch.mm(a, b, out=out), device)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         linear = torch.ops.mkldnn._linear_pointwise
-        products.append(_median_seconds(lambda: linear(a, b, None, "none", [], ""), device))
-    copy = _median_seconds(lambda: target.copy_(source), device)
-    return Rates(2 * size**3 / min(products), 2 * source.nbytes / copy)
+        products.append(_least_seconds(lambda: linear(a, b, None, "none", [], ""), device))
+    copy = _least_seconds(lambda: target.copy_(source), device)
+    mm, best = (2 * size**3 / seconds for seconds in (products[0], min(products)))
+    return Rates(best, 2 * source.nbytes / copy, mm if mm < best else None)
 
 
-def _median_seconds(work: Callable[[], Any], device: torch.device) -> float:
+def _least_seconds(work: Callable[[], Any], device: torch.device) -> float:
     work()
-    return statistics.median(clock(work, device) for _ in range(_RATE_RUNS)) / 1e3
+    return min(clock(work, device) for _ in range(_RATE_RUNS)) / 1e3
 
 
 class Peak(NamedTuple):

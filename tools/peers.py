@@ -6,8 +6,10 @@
     gradients()                 what backward left, in our layout
 
 A contestant that cannot run says why (``why_not``); what one does that the others do not is in its ``differs``, which
-goes below every table. ``check`` compares each with a float64 reference before anything is timed. Peers of a GPU were
-written from their public sources and have not been run here: ``check`` decides on the machine that has one.
+goes below every table. ``check`` compares each with a float64 reference before anything is timed.
+
+Of the peers that need a GPU, ScatterMoE (2025-10), moe-ops 0.1.0 and Liger-Kernel 0.8.5 were run in Triton's
+interpreter only, in float32, and agreed; SonicMoE and MegaBlocks were written from their public sources and not run.
 """
 
 import dataclasses
@@ -285,14 +287,7 @@ class TransformersEager(Contestant):
     differs = "its gate's logits are in the model's dtype; computes no auxiliary loss"
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
-        from transformers import MixtralConfig
-
-        config = MixtralConfig(
-            hidden_size=shape.dim, intermediate_size=shape.hidden, num_local_experts=shape.experts,
-            num_experts_per_tok=shape.top_k, num_hidden_layers=1, vocab_size=8,
-        )  # fmt: skip
-        config._experts_implementation = self.implementation
-        self.module = _mixtral_block(config, weights)
+        self.module = mixtral_block(shape, weights, self.implementation)
         self.leaves = [
             self.module.gate.weight, self.module.experts.gate_up_proj, self.module.experts.down_proj,
         ]  # fmt: skip
@@ -332,9 +327,16 @@ class TransformersGrouped(TransformersEager):
     implementation = "grouped_mm"
 
 
-def _mixtral_block(config, weights: Weights) -> nn.Module:
+def mixtral_block(shape: Shape, weights: Weights, implementation: str = "eager") -> nn.Module:
+    """transformers' block of a Mixtral, its experts run by one of its implementations."""
+    from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+    config = MixtralConfig(
+        hidden_size=shape.dim, intermediate_size=shape.hidden, num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k, num_hidden_layers=1, vocab_size=8,
+    )  # fmt: skip
+    config._experts_implementation = implementation
     with torch.device("meta"):
         block = MixtralSparseMoeBlock(config)
     block.gate.weight = nn.Parameter(weights.gate)
@@ -406,13 +408,7 @@ class DeepSpeedAutoEP(Contestant):
         return reason or (None if installed("transformers") else "transformers is not installed")
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
-        from transformers import MixtralConfig
-
-        config = MixtralConfig(
-            hidden_size=shape.dim, intermediate_size=shape.hidden, num_local_experts=shape.experts,
-            num_experts_per_tok=shape.top_k, num_hidden_layers=1, vocab_size=8,
-        )  # fmt: skip
-        self.module = autoep_layer(_mixtral_block(config, weights), shape)
+        self.module = autoep_layer(mixtral_block(shape, weights), shape)
         bank = self.module.experts
         self.leaves = [self.module.router.gate.weight, bank.w1, bank.w3, bank.w2]
 

@@ -16,8 +16,8 @@ inline Vec polynomial(Vec x, Vec sum, Rest... rest) {
     return sum;
 }
 
-// e^x = 2^n (1 + r + r^2 g(r)), |r| <= ln(2) / 2; relative error 1e-8 before rounding. NaN stays NaN: the bounds are the
-// first operand, and the second is what min and max return then. Never infinite.
+// e^x = 2^n (1 + r + r^2 g(r)), |r| <= ln(2) / 2; relative error 1e-8 before rounding. NaN stays NaN: the bounds are
+// the first operand, and the second is what min and max return then. Never infinite.
 inline Vec exp(Vec x) {
     x = _mm512_max_ps(set(-104.0f), _mm512_min_ps(set(88.0f), x));
     Vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, set(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

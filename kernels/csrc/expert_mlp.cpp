@@ -3,7 +3,7 @@
 // An expert's rows go through phases, each a set of items that its team of threads claims one after another:
 //
 //     forward     gather x | h = x W_in^T + b_in, a = f(h) | y = a W_out^T + b_out
-//     backward    gather dy and x | da = dy W_out, from it and h: a, dh, <da, a> | dx = dh W_in, dW_out, dW_in, the rest
+//     backward    gather dy and x | da = dy W_out, with h: a, dh, <da, a> | dx = dh W_in, dW_out, dW_in, the rest
 //
 // An item of a product is a panel of 32 columns: its thread packs the panel of weights once and takes all rows through
 // it, so weights are neither packed twice nor kept packed. What follows a product happens on its tile. Experts with
@@ -204,8 +204,8 @@ struct Bank {
     size_t teams, own_bytes;
 };
 
-// Rows lie far apart, so that no hardware sees which comes next. In assembly, because GCC takes a function of nothing but
-// __builtin_prefetch for one without effect, and drops the call.
+// Rows lie far apart, so that no hardware sees which comes next. In assembly, because GCC takes a function of nothing
+// but __builtin_prefetch for one without effect, and drops the call.
 template <class T>
 inline void fetch(const T* from) {
     asm volatile("prefetcht0 %0" : : "m"(*from));
@@ -217,8 +217,8 @@ inline void fetch_to_write(const T* to) {
     if (sizeof(T) == 4) asm volatile("prefetchw %0" : : "m"(to[LANES]));
 }
 
-// The weights of a panel, `rows` pieces of `bytes` that lie `stride` bytes apart. While one panel is multiplied those of
-// the next are fetched, a share with every tile: the weights of many experts come from memory.
+// The weights of a panel, `rows` pieces of `bytes` that lie `stride` bytes apart. While one panel is multiplied those
+// of the next are fetched, a share with every tile: the weights of many experts come from memory.
 struct Weights {
     const char* from;
     long stride, rows, bytes;
@@ -234,7 +234,9 @@ struct Weights {
     Weights beyond(long more) const { return {from + more, stride, rows, bytes}; }
     void fetch(long begin, long count, long n) const {
         for (long row = rows * begin / n; row < rows * (begin + count) / n; row++) {
-            for (long byte = 0; byte < bytes; byte += 64) asm volatile("prefetcht1 %0" : : "m"(from[row * stride + byte]));
+            for (long byte = 0; byte < bytes; byte += 64) {
+                asm volatile("prefetcht1 %0" : : "m"(from[row * stride + byte]));
+            }
         }
     }
 };
@@ -279,7 +281,8 @@ template <class T, Activation F>
 void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, const typename Bank<T>::Rows& rows) {
     const Problem& p = bank.p;
     const long n = p.counts[e], dim = bank.dim, hidden = bank.hidden, width = bank.width;
-    const T *x = (const T*)p.x, *w_in = (const T*)p.w_in + e * width * dim, *w_out = (const T*)p.w_out + e * dim * hidden;
+    const T *x = (const T*)p.x, *w_in = (const T*)p.w_in + e * width * dim;
+    const T* w_out = (const T*)p.w_out + e * dim * hidden;
     const T* b_in = p.b_in ? (const T*)p.b_in + e * p.b_in_stride : nullptr;
     const T* b_out = p.b_out ? (const T*)p.b_out + e * p.b_out_stride : nullptr;
     const Cut cut(n, 1);
@@ -316,7 +319,7 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
                 if (GATED) fetch_to_write(h + second);
             }
         };
-        product<T, false>(cut, rows.x, bank.dim_stride, panel, bank.dim_words, ahead, [&](long begin, long count, Tile& tile) {
+        auto then = [&](long begin, long count, const Tile& tile) {
             for (long r = 0; r < count; r++) {
                 T* a = (T*)(rows.a + (begin + r) * bank.hidden_stride) + first;
                 Vec h[2];
@@ -333,7 +336,8 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
                     store(a + LANES, masks[1], activate<F, false>(h[1]).value);
                 }
             }
-        });
+        };
+        product<T, false>(cut, rows.x, bank.dim_stride, panel, bank.dim_words, ahead, then);
     }
     team.end_phase();
 
@@ -349,7 +353,7 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
             weights.fetch(begin, count, n);
             for (long r = 0; r < count; r++) fetch_to_write(bank.result_row(low + begin + r) + item * NR);
         };
-        product<T, false>(cut, rows.a, bank.hidden_stride, panel, words, ahead, [&](long begin, long count, Tile& tile) {
+        auto then = [&](long begin, long count, const Tile& tile) {
             for (long r = 0; r < count; r++) {
                 const long row = low + begin + r;
                 // where rows are summed at the tokens, the weights come in there
@@ -362,7 +366,8 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
                     store(y + c, lanes(dim - c), _mm512_mul_ps(value, weight));
                 }
             }
-        });
+        };
+        product<T, false>(cut, rows.a, bank.hidden_stride, panel, words, ahead, then);
     }
     team.end_phase();
 }
@@ -377,7 +382,8 @@ void finish_dweight(const Bank<T>& bank, const T* b_out, const float* dots, cons
             Vec dot = _mm512_setzero_ps();
             for (long c = 0; c < bank.dim; c += LANES) {
                 const __mmask16 mask = lanes(bank.dim - c);
-                dot = _mm512_fmadd_ps(load((const T*)(dy + row * bank.dim_stride) + c, mask), load(b_out + c, mask), dot);
+                const Vec value = load((const T*)(dy + row * bank.dim_stride) + c, mask);
+                dot = _mm512_fmadd_ps(value, load(b_out + c, mask), dot);
             }
             sum += _mm512_reduce_add_ps(dot);
         }
@@ -442,7 +448,7 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                 }
             }
         };
-        product<T, false>(cut, rows.dy, bank.dim_stride, panel, bank.dim_words, ahead, [&](long begin, long count, Tile& tile) {
+        auto then = [&](long begin, long count, const Tile& tile) {
             alignas(64) T a[MR][NR], dh[1 + GATED][MR][NR];
             Vec sum[1 + GATED][2] = {};
             for (long r = 0; r < count; r++) {
@@ -479,7 +485,8 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                 if (p.dw_in) pack_columns(dh[part][0], NR, count, NR, rows.dh_panels + other_half + at);
                 for (int half = 0; half < 2; half++) db[part][half].add(sum[part][half]);
             }
-        });
+        };
+        product<T, false>(cut, rows.dy, bank.dim_stride, panel, bank.dim_words, ahead, then);
         for (int part = 0; part <= GATED && p.db_in; part++) {
             for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
                 const Vec total = db[part][(c - first) / LANES].total;
@@ -502,14 +509,15 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                 weights.fetch(begin, count, n);
                 for (long r = 0; r < count; r++) fetch_to_write(bank.result_row(low + begin + r) + first);
             };
-            product<T, false>(any, rows.dh, bank.width_stride, panel, bank.width_words, ahead, [&](long begin, long count, Tile& tile) {
+            auto then = [&](long begin, long count, const Tile& tile) {
                 for (long r = 0; r < count; r++) {
                     T* dx = bank.result_row(low + begin + r);
                     for (long c = first; c < std::min(dim, first + NR); c += LANES) {
                         store(dx + c, lanes(dim - c), _mm512_load_ps(tile.at[r] + c - first));
                     }
                 }
-            });
+            };
+            product<T, false>(any, rows.dh, bank.width_stride, panel, bank.width_words, ahead, then);
         } else if (item < for_x + for_w_out) {
             const long panel_of_a = item - for_x, first = panel_of_a * NR;
             const Word* right = rows.a_panels + panel_of_a * words * NR;
@@ -517,13 +525,14 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             auto ahead = [&](long begin, long count) {
                 for (long r = begin; r < begin + count; r++) fetch_to_write(dw + r * hidden + first);
             };
-            product<T, true>(bank.dim_cut, rows.dy_panels, column_panel, right, words, ahead, [&](long begin, long count, Tile& tile) {
+            auto then = [&](long begin, long count, const Tile& tile) {
                 for (long r = 0; r < count; r++) {
                     for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
                         store(dw + (begin + r) * hidden + c, lanes(hidden - c), _mm512_load_ps(tile.at[r] + c - first));
                     }
                 }
-            });
+            };
+            product<T, true>(bank.dim_cut, rows.dy_panels, column_panel, right, words, ahead, then);
         } else if (item < for_x + for_w_out + for_w_in) {
             const long panel_of_dh = item - for_x - for_w_out, part = panel_of_dh / bank.hidden_panels;
             const long first = panel_of_dh % bank.hidden_panels * NR;
@@ -532,9 +541,9 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             auto ahead = [&](long begin, long) {
                 for (long r = first; r < std::min(hidden, first + NR); r++) fetch_to_write(dw + r * dim + begin);
             };
-            product<T, true>(bank.dim_cut, rows.x_panels, column_panel, right, words, ahead, [&](long begin, long count, Tile& tile) {
-                // The tile is [dim][hidden], the gradient the other way round. Whole vectors, where the row has room: what
-                // is too much belongs to the next tile, which comes after.
+            auto then = [&](long begin, long count, const Tile& tile) {
+                // The tile is [dim][hidden], the gradient the other way round. Whole vectors, where the row has room:
+                // what is too much belongs to the next tile, which comes after.
                 const __mmask16 mask = begin + LANES <= dim ? ALL : lanes(count);
                 for (long c = first; c < std::min(hidden, first + NR); c += LANES) {
                     __m512i turned[LANES];
@@ -546,7 +555,8 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                         store(dw + (c + r) * dim + begin, mask, _mm512_castsi512_ps(turned[r]));
                     }
                 }
-            });
+            };
+            product<T, true>(bank.dim_cut, rows.x_panels, column_panel, right, words, ahead, then);
         } else {
             const T* b_out = p.b_out ? (const T*)p.b_out + e * p.b_out_stride : nullptr;
             const bool last = item > for_x + for_w_out + for_w_in;

@@ -134,7 +134,8 @@ void multiply_rows(long rows, const Word* left, long stride, const Word* right, 
 #undef GATEWRIGHT_ROWS
     Kernel kernel = kernels[rows - 1];
     for (long word = 0; word < words; word += CHUNK) {
-        kernel(left + word * (COLUMNS ? LANES : 1), stride, right + word * NR, std::min(CHUNK, words - word), tile, word);
+        const long now = std::min(CHUNK, words - word);
+        kernel(left + word * (COLUMNS ? LANES : 1), stride, right + word * NR, now, tile, word > 0);
     }
 }
 

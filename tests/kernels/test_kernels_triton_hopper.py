@@ -60,7 +60,7 @@ def started(case, dtype, number, monkeypatch):
 
 def compiled(kernel, args, options):
     """For Hopper, as a start with these arguments would."""
-    warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+    asked = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
     signature = {
@@ -68,7 +68,7 @@ def compiled(kernel, args, options):
     }  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature, constants, aligned)
-    return compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
+    return compile(source, target=HOPPER, options=asked)
 
 
 def check(case, dtype, number, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed import ranks  # noqa: F401  a fixture
 from made_up_router import Counting, MadeUpRouter
+from operations import NoWaiting
 from router_cases import LISTED, Case, assert_same, resized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -164,6 +165,12 @@ def keeping_what_goes_to_nobody():
     try:
         for name in ("topk", "promoe"):
             follows_one_process(name, "padded", 2)
+        model = Toy("topk", ExpertParallel.create(2))
+        x, context = batch(model, 0, dist.get_rank())
+        # but for the split sizes, which are read as a list: no operation that a GPU would be waited for
+        with NoWaiting("cpu", but=("bincount",)):
+            y, losses, _ = model(x, context)
+            (y.sum() + losses).backward()
     finally:
         dispatch.counts_are_at_hand = at_hand
         del os.environ["GATEWRIGHT_KERNELS"]

@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +89,13 @@ def test_verdicts_follow_the_whole_interval():
     assert verdict({"low": 1.01, "high": 1.2}) == "slower"
 
 
+def test_an_interval_of_few_pairs_is_marked():
+    ratio = {"median": 0.5, "low": 0.25, "high": 0.75}
+    assert bench._ratio(ratio | {"coverage": 0.97}) == "0.50 [0.25, 0.75]"
+    assert bench._ratio(ratio | {"coverage": 0.75}) == "0.50 [0.25, 0.75] *"
+    assert bench._ratio(None) == ""
+
+
 def test_counts_change_and_stay_and_follow_from_the_seed():
     cell, again = (bench.Cell(SHAPE, torch.float32, CPU, []) for _ in range(2))
     assert torch.equal(cell.fixed_TD, again.fixed_TD)
@@ -119,6 +128,29 @@ def test_who_computes_something_else_does_not_run(monkeypatch):
     assert cell.skipped["wrong"].startswith("ValueError: computes other values in torch.float32: y by 1.0e+00")
     assert cell.skipped["broken"] == "RuntimeError: no kernel image is available"
     assert cell.skipped["SonicMoE"] in ("sonicmoe is not installed", "needs a GPU")
+
+
+def test_who_fails_only_at_full_size_leaves_then(monkeypatch):
+    class TooLarge(LoopUnbound):
+        name = "too large"
+
+        def layer(self, x_TD):
+            if len(x_TD) > 256:  # more than the check has
+                raise torch.OutOfMemoryError("tried to allocate 48 GiB")
+            return super().layer(x_TD)
+
+    monkeypatch.setitem(CONTESTANTS, TooLarge.name, TooLarge)
+    large = Shape(tokens=300, dim=16, hidden=24, experts=4, top_k=2)
+    cell = bench.Cell(large, torch.float32, CPU, ["too large"])
+    assert "too large" in cell.contestants
+    assert set(cell.memories()) == set(cell.contestants) == {"gatewright", "dense"}
+    assert cell.skipped == {"too large": "OutOfMemoryError: tried to allocate 48 GiB"}
+
+
+def test_we_do_not_get_off_so_lightly(monkeypatch):
+    monkeypatch.setattr(bench, "check", lambda *_: (_ for _ in ()).throw(ValueError("computes other values")))
+    with pytest.raises(ValueError, match="computes other values"):
+        bench.Cell(SHAPE, torch.float32, CPU, [])
 
 
 def test_memory_of_known_tensors():
@@ -186,9 +218,28 @@ def test_command(tmp_path, capsys, monkeypatch, parse):
     assert sorted(path.name for path in out.parent.iterdir()) == ["bench.json", "bench.md"]
 
 
+def test_the_flagship_is_started_as_a_program(tmp_path, capsys, monkeypatch, parse):
+    def program(command, **_):
+        assert command[1:3] == ["-m", "gatewright.recipes.bench_flagship"]
+        assert command[3:7] == ["--size", "tiny", "--threads", "1"]
+        Path(command[-1]).write_text('{"found": []}')
+        return subprocess.CompletedProcess(command, 0, stdout="| model | EP |\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", program)
+    out = tmp_path / "bench.json"
+    assert bench.run(parse(["--rows", "--flagship", "tiny", "--threads", "1", "--out", str(out)])) == 0
+    assert capsys.readouterr().out == "| model | EP |\n" == out.with_suffix(".md").read_text()
+    assert json.loads(out.read_text())["flagship"] == {"found": []}
+    failed = subprocess.CompletedProcess([], 2, stdout="", stderr="bench_flagship: error: unknown size\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match="--flagship huge ended with status 2: bench_flagship: error: unknown size"):
+        bench.run(parse(["--rows", "--flagship", "huge"]))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--rows"], "--rows without a name: there is nothing to time"),
         (["--rounds", "5"], "--rounds 5 --threads 2 --minutes 10: choose at least 6 rounds"),
         (["--threads", "0"], "one thread"),
         (["--minutes", "0"], "more than 0 minutes"),

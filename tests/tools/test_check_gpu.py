@@ -72,17 +72,33 @@ def test_the_layers_that_are_captured_run(name):
     assert len(found) >= 4 and all(value.isfinite().all() for value in found)
 
 
-def test_the_tables(monkeypatch):
-    """On made-up times: what is reached of the product's rate."""
+def test_the_tables():
+    """On made-up times: what is reached of the product's rate, and which goals are met."""
     way = {"flops": 2e12, "bytes": 1.0}
-    entrant = {"forward": {"median": 4.0}, "step": {"median": 10.0}}
-    times = {
-        "rates": {"bf16": {"flops": 1e15}},
-        "cells": [
-            {
-                "row": "gpu_fine", "dtype": "bf16", "costs": {"layer": {"forward": way, "backward": way}},
-                "layer": {"changing": {"entrants": {"gatewright": entrant}}},
+
+    def entrant(forward, step):
+        return {"forward": {"median": forward}, "step": {"median": step}}
+
+    ratios = {"one": {"step": {"low": 0.9, "high": 1.1}}, "two": {"step": {"low": 1.01, "high": 1.2}}}
+    cell = {
+        "row": "fine", "dtype": "bf16", "costs": {"layer": {"forward": way, "backward": way}},
+        "shape": check_gpu.PUBLISHED_SHAPE,
+        "memory": {"gatewright": {"peak": 5}, "one": {"peak": 5}, "two": {"peak": 4}},
+        "layer": {
+            "changing": {
+                "entrants": {"gatewright": entrant(4.0, 10.0), "one": entrant(4, 11), "two": entrant(4, 9)},
+                "ratios": ratios,
             }
-        ],
+        },
     }  # fmt: skip
-    assert check_gpu.rates_table(times)[-1] == "| gpu_fine | bf16 | gatewright | 500 | 400 | 0.50 | 0.40 |"
+    coarse = cell | {"row": "coarse", "shape": check_gpu.PUBLISHED_SHAPE | {"experts": 8}}
+    times = {"rates": {"bf16": {"flops": 5e14}}, "cells": [cell, coarse]}
+    assert "| fine | bf16 | gatewright | 500 | 400 | 1.00 | 0.80 |" in check_gpu.rates_table(times)
+    assert check_gpu.goals_table(times)[2:] == [
+        "| fine | bf16 | forward at 501 and both at 413 TFLOP/s | 500 and 400 | missed |",
+        "| fine | bf16 | no slower than any peer | slower than two | missed |",
+        "| fine | bf16 | no more memory than any peer | more than two | missed |",
+        "| coarse | bf16 | both at 0.8 of the product's rate | 0.80 | met |",
+        "| coarse | bf16 | no slower than any peer | slower than two | missed |",
+        "| coarse | bf16 | no more memory than any peer | more than two | missed |",
+    ]

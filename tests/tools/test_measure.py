@@ -73,7 +73,7 @@ def test_few_pairs_have_their_extremes_and_say_how_little_that_covers():
 
 def test_rates_and_the_roofline():
     rates = measure_rates(torch.float32, CPU, size=64)
-    assert rates.flops > 0 and rates.bytes > 0
+    assert rates.flops > 0 and rates.bytes > 0 and (rates.mm is None or 0 < rates.mm < rates.flops)
     rates = Rates(flops=1e9, bytes=1e8)
     assert rates.milliseconds(2e6, 1e5) == 2.0  # operations take longer
     assert rates.milliseconds(1e6, 1e6) == 10.0  # bytes do

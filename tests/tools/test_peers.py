@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatewright.tools import peers
 from gatewright.tools.bench_parts import MOVERS
@@ -66,6 +67,31 @@ def test_routers_alone_agree(name):
     contestant = able(CONTESTANTS[name])(SHAPE, weights)
     expected = choose(x_TD, weights.gate, SHAPE.top_k)[1]
     torch.testing.assert_close(contestant.route(x_TD).sort(-1).values, expected.sort(-1).values)
+
+
+@pytest.mark.parametrize(
+    ("name", "does"),
+    [
+        ("transformers eager", "aten.index_add_"),
+        ("transformers batched_mm", "aten.bmm"),
+        ("transformers grouped_mm", "aten._grouped_mm"),
+        ("torch grouped_mm", "gatewright.expert_mlp"),
+    ],
+)
+def test_each_runs_its_own_implementation(name, does):
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func).rpartition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    generator = torch.Generator().manual_seed(1)
+    weights = draw_weights(SHAPE, torch.float32, CPU, generator)
+    contestant = able(CONTESTANTS[name])(SHAPE, weights)
+    with Names():
+        contestant.layer(draw_tokens(SHAPE, weights, generator))
+    everyone = {"aten.index_add_", "aten.bmm", "aten._grouped_mm", "gatewright.expert_mlp"}
+    assert seen & everyone == {does}
 
 
 @pytest.mark.parametrize("name", MOVERS)
