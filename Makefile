@@ -31,7 +31,7 @@ install: $(INSTALLED)
 
 # ccexam holds the digit classifier that judges what the demo draws. Without its dependencies, because torchvision would
 # replace torch; only its weights are read.
-$(INSTALLED): requirements.txt setup.py pyproject.toml Makefile
+$(INSTALLED): requirements.txt setup.py pyproject.toml Makefile $(wildcard kernels/csrc/*)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found: install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.txt)"
@@ -46,5 +46,5 @@ torch-scatter: install
 
 # Leaves runs/ alone: those are results.
 clean:
-	rm -rf $(VENV) build dist gatewright.egg-info .ruff_cache .hypothesis tests/.hypothesis tests/.pytest_cache
+	rm -rf $(VENV) kernels/_native*.so build dist gatewright.egg-info .ruff_cache .hypothesis tests/.hypothesis tests/.pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

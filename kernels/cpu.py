@@ -6,6 +6,9 @@ pre-activation h is kept. The results come back to their tokens in one pass that
 In bfloat16, oneDNN builds a primitive for every new shape, and routing changes the counts every step: row counts are
 rounded up to a multiple of ``_BUCKET``. The extra rows are written behind the expert's own, where the next expert's
 rows overwrite them; where rows are summed over (weight gradients) they are zero.
+
+A whole expert feed-forward in float32 or bfloat16 is the compiled kernel's where there is one (``native.why_not``): the
+code here is for other types, for machines without it, and for single grouped products.
 """
 
 import torch

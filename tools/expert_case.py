@@ -1,8 +1,8 @@
 """One call of ``kernels.expert_mlp`` on drawn numbers, its value and gradients, and how far off they are.
 
 The tests and ``gatewright check-gpu`` hold every backend to it. An error is |value - exact| / |exact|, norms of whole
-tensors, exact in float64 from the same rounded operands. A fast backend's must be within ``TOLERANCE``, and not above
-``OF_THE_REFERENCE`` times that of the reference in its own dtype.
+tensors, exact in float64 from the same rounded operands. A fast backend's must be within ``TOLERANCE``, or at least not
+above the reference's in the same dtype where that is not either; and never above ``OF_THE_REFERENCE`` times that.
 """
 
 import dataclasses
@@ -132,5 +132,5 @@ def too_far(errors: dict[str, tuple[float, float]], dtype: torch.dtype) -> dict[
     return {
         name: (error, reference)
         for name, (error, reference) in errors.items()
-        if not (error <= TOLERANCE[dtype] and error <= OF_THE_REFERENCE * reference + FLOOR[dtype])
+        if not error <= min(max(TOLERANCE[dtype], reference), OF_THE_REFERENCE * reference + FLOOR[dtype])
     }

@@ -323,6 +323,7 @@ void forward(const Bank<T>& bank, Team team, long e, long low, Word* panel, cons
             for (long r = 0; r < count; r++) {
                 T* a = (T*)(rows.a + (begin + r) * bank.hidden_stride) + first;
                 Vec h[2];
+#pragma GCC unroll 2  // arrays of vectors stay in registers only where no loop is left over them
                 for (int half = 0; half < 2; half++) {
                     // rounded as it is kept, so that backward sees what forward saw
                     h[half] = rounded<T>(_mm512_add_ps(_mm512_load_ps(tile.at[r] + half * LANES), bias[half]));
@@ -436,6 +437,7 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
     for (long item; (item = team.claim()) < bank.hidden_panels;) {
         const long first = item * NR;
         pack_columns(w_out + first, hidden, dim, hidden - first, panel);
+        const __mmask16 masks[2] = {lanes(hidden - first), lanes(hidden - first - LANES)};
         Sum db[1 + GATED][2];
         const long next = first + team.size * NR;
         const Weights weights = Weights::of_columns(w_out + next, dim, hidden, hidden - next);
@@ -456,9 +458,10 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                 T* dh_row = (T*)(rows.dh + (begin + r) * bank.width_stride) + first;
                 const Vec w = set(weight ? weight[begin + r] : 1);
                 Vec dot = _mm512_setzero_ps();
+#pragma GCC unroll 2
                 for (int half = 0; half < 2; half++) {
                     const long c = half * LANES;
-                    const __mmask16 mask = lanes(hidden - first - c);
+                    const __mmask16 mask = masks[half];
                     const Vec da = _mm512_load_ps(tile.at[r] + c), weighted = _mm512_mul_ps(da, w);
                     const ValueAndSlope f = activate<of_gate(F), true>(load(h + c, mask));
                     Vec value = f.value, gradient[2] = {_mm512_mul_ps(weighted, f.slope)};
@@ -470,6 +473,7 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
                     }
                     dot = _mm512_fmadd_ps(da, value, dot);
                     store(a[r] + c, ALL, _mm512_mul_ps(value, w));
+#pragma GCC unroll 2
                     for (int part = 0; part <= GATED; part++) {
                         store(dh[part][r] + c, ALL, gradient[part]);
                         store(dh_row + part * hidden + c, mask, gradient[part]);
@@ -480,9 +484,11 @@ void backward(const Bank<T>& bank, Team team, long e, long low, Word* panel, con
             }
             const long at = (item * words + begin / PER_WORD<T>) * NR;
             if (p.dw_out) pack_columns(a[0], NR, count, NR, rows.a_panels + at);
+#pragma GCC unroll 2
             for (int part = 0; part <= GATED; part++) {
                 const long other_half = part * bank.hidden_panels * words * NR;
                 if (p.dw_in) pack_columns(dh[part][0], NR, count, NR, rows.dh_panels + other_half + at);
+#pragma GCC unroll 2
                 for (int half = 0; half < 2; half++) db[part][half].add(sum[part][half]);
             }
         };

@@ -25,13 +25,13 @@ def poisoned():
 
 @st.composite
 def accuracy_cases(draw, aligned=False):
-    """Banks of odd sizes, empty experts among them; rows enough that their rounding averages out."""
+    """Banks of odd sizes, empty experts among them; tokens and rows enough that their rounding averages out."""
     counts = draw(st.lists(st.one_of(st.just(0), st.integers(0, 120)), min_size=1, max_size=5))
     counts.insert(draw(st.integers(0, len(counts))), draw(st.integers(64, 130)))
     width = st.integers(2, 12).map(lambda eighth: 8 * eighth) if aligned else st.integers(16, 90)
     return ExpertCase(
         counts,
-        num_tokens=draw(st.integers(1, 80)),
+        num_tokens=draw(st.integers(16, 80)),
         dim=draw(width),
         hidden=draw(width),
         activation=draw(st.sampled_from(ACTIVATIONS)),

@@ -66,6 +66,14 @@ class TestAccuracy:
         case = ExpertCase([700, 3, 0, 611], 900, dim=530, hidden=540, activation=activation)
         assert not too_far(case.errors(dtype, "cpu"), dtype)
 
+    @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+    @pytest.mark.parametrize("variant", ["rows", "combine"])
+    def test_experts_of_many_rows(self, dtype, variant, activation):
+        """So many that sums over rows show how they are taken."""
+        poison_scratch()
+        case = ExpertCase([5, 2600, 1024, 1025], 500, dim=37, hidden=45, activation=activation, variant=variant)
+        assert not too_far(case.errors(dtype, "cpu"), dtype)
+
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_activations_on_their_whole_range(self, dtype, activation):
         """Experts that are the identity: out = f(x), and dx = f'(x). [1, 1] times x is the pair of a gated one."""
@@ -107,7 +115,7 @@ def test_nan_and_infinity_stay_in_their_row(dtype, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("counts", [[300, 5, 0, 9, 8], [40] * 12], ids=["one for all threads", "one thread each"])
+@pytest.mark.parametrize("counts", [[1500, 5, 0, 9, 8], [40] * 12], ids=["one for all threads", "one thread each"])
 def test_threads_change_no_bit(dtype, counts, threads):
     case = ExpertCase(counts, 100, 70, 45)
     results = []
