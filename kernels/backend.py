@@ -1,7 +1,8 @@
 """Which implementation computes a kernel: chosen by device, dtype and shape, or forced.
 
     reference   a readable loop over experts in plain differentiable operations: the definition. Any device, any dtype
-    cpu         slices of preallocated results, expert by expert while they are in cache. CPU; float16 by way of float32
+    cpu         compiled code (native.py) in float32 and bfloat16 where the processor has AVX-512, else slices of
+                preallocated results, expert by expert while they are in cache. CPU; float16 by way of float32
     torch       torch.nn.functional.grouped_mm. float32, bfloat16, float16; every row a multiple of 16 bytes
     triton      our own kernels, with gather, activation and routing weight inside the products. float32, bfloat16,
                 float16 on CUDA of compute capability 8 or more; anywhere in Triton's interpreter (TRITON_INTERPRET=1)
