@@ -175,7 +175,8 @@ def order_by_token(token_N: Tensor) -> Tensor:
 
 def sum_by_token(rows_ND: Tensor, token_N: Tensor, order_N: Tensor, num_tokens: int, weight_N: Tensor | None) -> Tensor:
     """Sums the rows of each token, times their weights where given; tokens without a row get 0. -> [T, D]"""
-    count_T = torch.bincount(token_N, minlength=num_tokens)
+    # bincount would read the largest id to size its result
+    count_T = torch.zeros(num_tokens, dtype=torch.int64).scatter_add_(0, token_N, torch.ones_like(token_N))
     start_T = count_T.cumsum(0) - count_T
     weight = None if weight_N is None else weight_N[order_N].to(rows_ND.dtype)
     # a bag is a token: one pass that gathers, weighs and sums in float32, where index_add_ goes row by row
