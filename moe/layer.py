@@ -35,11 +35,16 @@ def is_recomputing() -> bool:
 
 
 class MoELayerCode:
-    """What a MoE layer is, without a constructor of its own: a host's layer class inherits it beside the host's."""
+    """What a MoE layer is, without a constructor of its own: a host's layer class inherits it beside the host's.
+
+    Attributes:
+        routed_counts_E: rows that the last forward gave each routed expert of the whole bank, of this rank's tokens.
+    """
 
     router: Router
     experts: GroupedExperts
     local_experts: GroupedExperts | None
+    routed_counts_E: Tensor | None
 
     def build(
         self,
@@ -72,6 +77,7 @@ class MoELayerCode:
         if self._ids["constant"]:
             self.constants = nn.Parameter(torch.zeros(len(self._ids["constant"]), spec.dim, device=device, dtype=dtype))
         self._tag_expert_parameters()
+        self.routed_counts_E = None
         self._accumulated: dict[str, tuple[Tensor, int]] = {}
         self._forwards = 0
 
@@ -183,7 +189,9 @@ class MoELayerCode:
             return shared(), local, parts
 
         bank = partial(self.experts, backend=self.backend)
-        out_RD, (shared_TD, local, parts) = plan("routed", self.parallel).run(x_RD, bank, here)
+        routed = plan("routed", self.parallel)
+        self.routed_counts_E = routed.counts_E
+        out_RD, (shared_TD, local, parts) = routed.run(x_RD, bank, here)
         if local is not None:
             out_RD = out_RD.index_add_(0, *local)
         # under autocast the bank answers in less than x's precision, and the output has its dtype whatever the kinds

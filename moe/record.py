@@ -155,7 +155,7 @@ class Recorder:
         if self._probed is not None:
             self._probed.add(layer, output[1], context)
         elif not self._paused and module.training and torch.is_grad_enabled() and not is_recomputing():
-            self._sums.add(layer, output[1], context.real_T, context.length)
+            self._sums.add(layer, output[1], context.real_T, context.length, counts_E=module.routed_counts_E)
 
     def step(self, step: int, **scalars: float | Tensor) -> None:
         """Ends optimizer step ``step``, counted from 0. Collective where ``torch.distributed`` is initialised.

@@ -59,12 +59,14 @@ class Bank:
 
 @dataclasses.dataclass
 class _Seen:
-    """One layer's decision in one forward: what is counted, and the sampled rows. ``eligible``: the scores that tell
-    which tokens can take a routed expert, where not every real one can."""
+    """One layer's decision in one forward: what is counted, and the sampled rows. ``counts``: of the routed experts,
+    where the layer counted them, else ``load`` is to be counted. ``eligible``: which tokens can take a routed expert,
+    where not every real one can."""
 
     tokens: int
     length: int
-    load: Tensor
+    counts: Tensor | None
+    load: Tensor | None
     requested: Tensor | None
     kept: Tensor | None
     real: Tensor | None
@@ -79,6 +81,7 @@ class _Seen:
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         return (
+            self.counts,
             self.load,
             self.requested,
             self.kept,
@@ -157,29 +160,45 @@ class RoutingSums:
             value.zero_()
         self.loss_keys, self.losses = [], None
 
-    def add(self, layer: int, routing: Routing, real_T: Tensor | None, length: int, *, sigmoid: bool = False) -> None:
+    def add(
+        self,
+        layer: int,
+        routing: Routing,
+        real_T: Tensor | None,
+        length: int,
+        *,
+        counts_E: Tensor | None = None,
+        sigmoid: bool = False,
+    ) -> None:
         """Takes a layer's decision in a training forward.
 
         Args:
             real_T: [T] True = a token, False = padding; None = all are tokens.
             length: of a sequence; T is a multiple.
+            counts_E: assignments of each routed expert, where the layer counted them.
             sigmoid: whether scores that the routing lacks are shares of sigmoids of its logits, not a softmax.
         """
         if layer in self._seen:
             # another forward: a micro-batch, or a layer that runs twice
             self.end_forward()
         bank = self.banks[layer]
-        load = self._load(routing)
+        if routing.selected is not None or routing.dispatch is not None:
+            counts_E = None  # what is computed is not the load
+        load = self._load(routing) if counts_E is None else None
         if not self.sums:
-            self.allocate(load.device)
+            self.allocate((load if counts_E is None else counts_E).device)
+        able = None
+        if not bank.always and routing.scores is not None:
+            able = bank.columns(routing.scores.detach()).sum(-1) > 0
         seen = self._seen[layer] = _Seen(
             tokens=routing.num_tokens,
             length=length,
+            counts=counts_E,
             load=load,
             requested=routing.requested,
             kept=None if routing.requested is None else routing.index,
             real=real_T,
-            eligible=None if bank.always or routing.scores is None else routing.scores.detach(),
+            eligible=able,
             sigmoid=sigmoid,
         )
         if self.look_closely and (routing.logits is not None or routing.scores is not None):
@@ -192,7 +211,8 @@ class RoutingSums:
     @torch.no_grad()
     def _look(self, seen: _Seen, routing: Routing, bank: Bank) -> None:
         """Takes the sampled tokens' rows."""
-        rows = self._rows(routing.num_tokens, seen.load.device)
+        values = routing.logits if routing.logits is not None else routing.scores
+        rows = self._rows(routing.num_tokens, values.device)
 
         def sampled(values: Tensor | None) -> Tensor | None:
             if values is None:
@@ -240,7 +260,7 @@ class RoutingSums:
 
     def _add_drops(self, layers: list[int], seen: list[_Seen], bank: Bank) -> None:
         """Dropped and requested assignments by sixteenth of the sequence."""
-        tokens, length, device = seen[0].tokens, seen[0].length, seen[0].load.device
+        tokens, length, device = seen[0].tokens, seen[0].length, seen[0].kept.device
         key = ("place", tokens, length, device)
         if key not in self._cache:
             self._cache[key] = torch.arange(tokens, device=device) % length * POSITIONS // length
@@ -278,7 +298,10 @@ class RoutingSums:
 
     def _reduce_group(self, layers: list[int], seen: list[_Seen]) -> None:
         bank = self.banks[layers[0]]
-        counts = self._counts([s.load for s in seen], bank)
+        if seen[0].counts is not None:
+            counts = torch.stack([s.counts for s in seen]).double()
+        else:
+            counts = self._counts([s.load for s in seen], bank)
         self._add("counts", layers, counts)
         if seen[0].requested is not None:
             self._add("dropped", layers, self._counts([s.requested for s in seen], bank) - counts)
@@ -292,7 +315,7 @@ class RoutingSums:
         """How many tokens can take a routed expert."""
         taking_GT = None if seen[0].real is None else torch.stack([s.real for s in seen])
         if seen[0].eligible is not None:
-            able_GT = torch.stack([bank.columns(s.eligible).sum(-1) for s in seen]) > 0
+            able_GT = torch.stack([s.eligible for s in seen])
             taking_GT = able_GT if taking_GT is None else able_GT & taking_GT
         if taking_GT is not None:
             self._add("tokens", layers, taking_GT.sum(-1))
