@@ -1,9 +1,9 @@
 """What a recorder adds up: the decisions of L layers, reduced on their device into tensors of fixed shape.
 
 Nothing here waits for the device. Counts are of every token; what looks into logits and scores is of a sample of
-tokens, drawn by place and not by content. Decisions are kept as they are until a window ends or ``HELD_BYTES`` of them
-have come, and those of equal shape are reduced together: a small operation between large ones runs from cold caches
-and costs many times its work, so the fewer the better.
+tokens, drawn by place and not by content. Decisions are kept as they are until a window ends or ``HELD_BYTES`` or
+``HELD_DECISIONS`` of them have come, and those of equal shape are reduced together: a small operation between large
+ones runs from cold caches and costs many times its work, so the fewer the better.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .record_log import ACTIVE, MARGIN_EDGES, POSITIONS
 BINS = len(MARGIN_EDGES) - 1
 SUBSETS = 8
 HELD_BYTES = 8 << 20
+HELD_DECISIONS = 1024  # small ones are many before they are large, and each costs Python objects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +280,7 @@ class RoutingSums:
         self._held += self._seen.items()
         self._held_bytes += sum(seen.nbytes for seen in self._seen.values())
         self._seen.clear()
-        if self._held_bytes > HELD_BYTES:
+        if self._held_bytes > HELD_BYTES or len(self._held) > HELD_DECISIONS:
             self.reduce()
 
     @torch.no_grad()
@@ -323,7 +324,7 @@ class RoutingSums:
             self._add("tokens", layers, self._ones(self._rows_of(layers)) * seen[0].tokens)
 
     def _counts(self, loads: list[Tensor], bank: Bank) -> Tensor:
-        """[G, E] of ids, or of counts as they are."""
+        """[G, E] of ids, or of load as it is."""
         load = torch.stack(loads)
         if load.is_floating_point():
             return bank.columns(load)

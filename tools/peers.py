@@ -12,6 +12,7 @@ Of the peers that need a GPU, ScatterMoE (2025-10), moe-ops 0.1.0 and Liger-Kern
 interpreter only, in float32, and agreed; SonicMoE and MegaBlocks were written from their public sources and not run.
 """
 
+import abc
 import dataclasses
 import importlib.util
 import math
@@ -117,7 +118,7 @@ def installed(package: str) -> bool:
         return False
 
 
-class Contestant:
+class Contestant(abc.ABC):
     """A layer with the given weights.
 
     Attributes:
@@ -136,19 +137,21 @@ class Contestant:
     parts: ClassVar[tuple[str, ...]] = ()
     leaves: list[Tensor]
 
+    @abc.abstractmethod
     def __init__(self, shape: Shape, weights: Weights) -> None:
-        raise NotImplementedError
+        """Takes the weights into its own layout."""
 
+    @abc.abstractmethod
     def layer(self, x_TD: Tensor) -> Tensor:
-        raise NotImplementedError
+        """[T, D] -> [T, D], routing included."""
 
     def route(self, x_TD: Tensor) -> Tensor:
         """The weights alone, [T, K], in any order of the K."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no router of its own to time: parts={self.parts}")
 
     def experts(self, x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Gather, experts and weighted sum, on a routing that is given."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has no experts of its own to time: parts={self.parts}")
 
     def gradients(self) -> Weights:
         """Of the last backward, in our layout."""

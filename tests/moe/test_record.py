@@ -342,22 +342,25 @@ def test_what_cannot_be_shown(show, grid, said, tmp_path):
 def test_decisions_kept_or_added_up_at_once(tmp_path, monkeypatch):
     """However many are kept before they are added up, and however lengths change, the sums are the same."""
 
-    def sums(limit: int) -> dict[str, np.ndarray]:
+    def sums(limit: int, decisions: int = 1 << 30) -> dict[str, np.ndarray]:
         monkeypatch.setattr(record_sums, "HELD_BYTES", limit)
+        monkeypatch.setattr(record_sums, "HELD_DECISIONS", decisions)
         model = Model("topk", (4, 6), top_k=2, balance_weight=0.1, capacity_factor=0.7)
-        with Recorder(model, tmp_path / str(limit), every=6, sample_every=2) as recorder:
+        run = tmp_path / f"{limit}-{decisions}"
+        with Recorder(model, run, every=6, sample_every=2) as recorder:
             for step in range(6):
                 for part in range(1 + step % 2):
                     backward(*model(tokens(10 * step + part, batch=1 + step % 3)))
+                    assert len(recorder._sums._held) <= max(decisions, 0)
                 recorder.step(step)
-        log = read_log(tmp_path / str(limit))
+        log = read_log(run)
         names = ("tokens", "counts", "requested", "sampled", "score_sum", "entropy_sum", "margin_histogram", "drops")
         return {name: getattr(log, name) for name in names} | log.losses
 
     kept = sums(1 << 30)
     assert kept["tokens"].sum() == 2 * LENGTH * (1 + 2 * 2 + 3 + 2 * 1 + 2 + 2 * 3) and kept["drops"].any()
-    for limit in (0, 700):
-        for name, values in sums(limit).items():
+    for limit in ((0,), (700,), (1 << 30, 3)):
+        for name, values in sums(*limit).items():
             np.testing.assert_allclose(values, kept[name], rtol=1e-6, err_msg=name)
 
 
