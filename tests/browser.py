@@ -1,6 +1,9 @@
 """A headless Chromium, driven over the WebDriver protocol with nothing but the standard library."""
 
 import base64
+import contextlib
+import csv
+import io
 import json
 import shutil
 import socket
@@ -9,6 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +133,47 @@ class Browser:
         """What the page logged since the last call."""
         entries = self._ask("POST", f"{self._session}/se/log", {"type": "browser"})
         return [f"{entry['level']}: {entry['message']}" for entry in entries]
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, report: Path) -> Iterator[None]:
+    """A report is drawn, what it saves is kept for ``exported``, and it logs nothing to the end."""
+    browser.console()
+    browser.size(1280, 900)
+    browser.theme("light")
+    browser.open("about:blank")
+    browser.open(report)
+    browser.wait("return document.querySelector('main .page')")
+    browser.run(
+        "window.saved = []; document.addEventListener('gatewright-saved', (event) => window.saved.push(event.detail))"
+    )
+    yield
+    assert browser.console() == []
+
+
+def click(page: Browser, selector: str) -> None:
+    page.run("document.querySelector(arguments[0]).click()", selector)
+
+
+def text(page: Browser, selector: str) -> str:
+    return page.run("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def exported(page: Browser, kind: str, figure: str) -> bytes:
+    """What a figure's button saves."""
+    page.run("window.saved.length = 0; window.content = null")
+    click(page, f'[data-{kind}="{figure}"]')
+    return base64.b64decode(
+        page.wait(
+            """if (!window.saved.length) return null;
+            if (window.content) return window.content;
+            const reader = new FileReader();
+            reader.onload = () => { window.content = reader.result.split(",")[1]; };
+            reader.readAsDataURL(window.saved[0].blob);
+            return null"""
+        )
+    )
+
+
+def rows(content: bytes) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(content.decode())))

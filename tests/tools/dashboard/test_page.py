@@ -1,9 +1,6 @@
 """The report in a real browser, opened from disk: scrubber, click, comparison, export, keyboard, themes, print; and
 not a word in the console."""
 
-import base64
-import csv
-import io
 import json
 import struct
 
@@ -11,6 +8,7 @@ import browser
 import made_up_logs
 import numpy as np
 import pytest
+from browser import click, exported, rows, text
 
 from gatewright.moe.record_log import LayerInfo, LogWriter, ProbeInputs, Window, read_log
 from gatewright.tools.dashboard.data import page_data, read_runs
@@ -46,25 +44,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def page(chromium, made):
-    chromium.console()
-    chromium.size(1280, 900)
-    chromium.theme("light")
-    chromium.open("about:blank")
-    chromium.open(made[0])
-    chromium.wait("return document.querySelector('main .page')")
-    chromium.run(
-        "window.saved = []; document.addEventListener('gatewright-saved', (event) => window.saved.push(event.detail))"
-    )
-    yield chromium
-    assert chromium.console() == []
-
-
-def click(page, selector: str) -> None:
-    page.run("document.querySelector(arguments[0]).click()", selector)
-
-
-def text(page, selector: str) -> str:
-    return page.run("return document.querySelector(arguments[0]).textContent", selector)
+    with browser.opened(chromium, made[0]):
+        yield chromium
 
 
 def choose(page, label: str, value: str) -> None:
@@ -74,26 +55,6 @@ def choose(page, label: str, value: str) -> None:
         label,
         value,
     )
-
-
-def exported(page, kind: str, figure: str) -> bytes:
-    """What a figure's button saves."""
-    page.run("window.saved.length = 0; window.content = null")
-    click(page, f'[data-{kind}="{figure}"]')
-    return base64.b64decode(
-        page.wait(
-            """if (!window.saved.length) return null;
-            if (window.content) return window.content;
-            const reader = new FileReader();
-            reader.onload = () => { window.content = reader.result.split(",")[1]; };
-            reader.readAsDataURL(window.saved[0].blob);
-            return null"""
-        )
-    )
-
-
-def rows(content: bytes) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(content.decode())))
 
 
 @pytest.mark.parametrize("width", [1280, 420])

@@ -1,15 +1,13 @@
 """The page of a plan in a real browser, opened from disk: what it draws, what a click says, what is saved, and not a
 word in the console; and what it says where a part was not given."""
 
-import base64
-import csv
-import io
 import json
 import struct
 
 import browser
 import numpy as np
 import pytest
+from browser import click, exported, rows, text
 from made_up_statistics import made_up_statistics
 
 from gatewright.tools.cli import main
@@ -107,44 +105,8 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, made):
-    chromium.console()
-    chromium.size(1280, 900)
-    chromium.theme("light")
-    chromium.open("about:blank")
-    chromium.open(made[0])
-    chromium.wait("return document.querySelector('main .page')")
-    chromium.run(
-        "window.saved = []; document.addEventListener('gatewright-saved', (event) => window.saved.push(event.detail))"
-    )
-    yield chromium
-    assert chromium.console() == []
-
-
-def click(page, selector: str) -> None:
-    page.run("document.querySelector(arguments[0]).click()", selector)
-
-
-def text(page, selector: str) -> str:
-    return page.run("return document.querySelector(arguments[0]).textContent", selector)
-
-
-def exported(page, kind: str, figure: str) -> bytes:
-    page.run("window.saved.length = 0; window.content = null")
-    click(page, f'[data-{kind}="{figure}"]')
-    return base64.b64decode(
-        page.wait(
-            """if (!window.saved.length) return null;
-            if (window.content) return window.content;
-            const reader = new FileReader();
-            reader.onload = () => { window.content = reader.result.split(",")[1]; };
-            reader.readAsDataURL(window.saved[0].blob);
-            return null"""
-        )
-    )
-
-
-def rows(content: bytes) -> list[list[str]]:
-    return list(csv.reader(io.StringIO(content.decode())))
+    with browser.opened(chromium, made[0]):
+        yield chromium
 
 
 @needs_browser
